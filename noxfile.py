@@ -1,0 +1,102 @@
+"""What CI runs, for everyone: ``python -m nox`` lists and runs it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import nox
+
+PACKAGES = ["opensora-core", "opensora-models", "opensora-schedulers", "opensora-data", "opensora-accel"]
+TESTING = ["pytest", "pytest-timeout", "pytest-socket", "hypothesis", "psutil"]
+PARTS = {"opensora-core": "[tensorboard,plot]", "opensora-data": "[quickstart]"}
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests", "lint", "types", "imports", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+# Some CPUs announce bf16 instructions that they lack, and oneDNN then kills the process; see `opensora doctor`.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+
+
+def install_all(session: nox.Session, *others: str) -> None:
+    """The five packages, editable, with the pinned libraries."""
+    editable = [argument for name in PACKAGES for argument in ("-e", f"./{name}{PARTS.get(name, '')}")]
+    session.install("-c", "constraints.txt", *editable, *others)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests but the slow ones. Arguments after -- go to pytest."""
+    install_all(session, *TESTING)
+    session.run("pytest", "-m", "not slow and not gpu", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Tests that take longer: many kills and resumes, whole runs."""
+    install_all(session, *TESTING)
+    session.run("pytest", "-m", "slow and not gpu", "tests", *session.posargs)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Train a small model on moving digits, sample from it and grade the samples: about 8 minutes on two cores."""
+    install_all(session)
+    session.run("opensora-run", "quickstart", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style of the code."""
+    session.install("-c", "constraints.txt", "ruff")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, strictly in all packages."""
+    install_all(session, "mypy")
+    for name in PACKAGES:
+        session.run("mypy", f"{name}/src")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Packages import core and never one another."""
+    session.install("-c", "constraints.txt", "import-linter")
+    session.install("--no-deps", *[argument for name in PACKAGES for argument in ("-e", f"./{name}")])
+    session.run("lint-imports")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, with warnings as errors; the reference is made from the code."""
+    install_all(session, "mkdocs-material")
+    session.run("python", "docs/reference.py")
+    session.run("mkdocs", "build", "--strict", "--site-dir", "site")
+
+
+@nox.session
+def install(session: nox.Session) -> None:
+    """Wheels of core and models alone, installed where nothing else is: commands work, models are there."""
+    wheels = Path(session.create_tmp()).resolve()
+    session.install("-c", "constraints.txt", "build")
+    for name in PACKAGES:
+        session.run("python", "-m", "build", "--wheel", "--outdir", str(wheels), name, silent=True)
+    session.install("-c", "constraints.txt", "--find-links", str(wheels), "opensora-core", "opensora-models")
+    check = str(Path("tests/installed.py").resolve())
+    with session.chdir(tempfile.mkdtemp()):
+        session.run("python", check, "opensora-core", "opensora-models")
+        session.install("--no-deps", "--find-links", str(wheels), "opensora-schedulers")
+        session.run("python", check, "opensora-core", "opensora-models", "opensora-schedulers")
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """The ratios that the documentation quotes."""
+    install_all(session)
+    for script in sorted(Path("benchmarks").glob("*.py")):
+        session.run("python", str(script))
