@@ -1,0 +1,48 @@
+"""The one function through which every model attends. What computes it is chosen from outside, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Kernel", "attention", "sdpa", "use_kernel"]
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(query, key, value, mask) -> output, shaped as in `attention`; a component of kind ``attention``."""
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """torch's scaled dot product attention, which chooses among its own kernels (flash and memory-efficient among them)."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+_kernel: ContextVar[Kernel] = ContextVar("attention_kernel", default=sdpa)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention with scale 1 / sqrt(D).
+
+    Args:
+        query: [B, H, N, D].
+        key: [B, H, L, D].
+        value: [B, H, L, D].
+        mask: Bool, broadcastable to [B, H, N, L]; True = attend. None: attend to all. Each row needs one True.
+
+    Returns:
+        [B, H, N, D].
+    """
+    return _kernel.get()(query, key, value, mask)
+
+
+@contextmanager
+def use_kernel(kernel: Kernel) -> Iterator[None]:
+    """Let ``kernel`` compute all attention inside the block."""
+    token = _kernel.set(kernel)
+    try:
+        yield
+    finally:
+        _kernel.reset(token)

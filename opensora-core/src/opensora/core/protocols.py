@@ -1,0 +1,177 @@
+"""What packages must agree on: the few methods that each kind of component has, and what flows between them.
+
+Shapes: B batch, C channels, T H W frames and size, L text tokens, D text width. Video is RGB in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from opensora.core.conditioning import Conditioning
+from opensora.core.randomness import Draws, SampleKey
+
+__all__ = ["Clip", "Dataset", "Denoiser", "SampleState", "Scheduler", "Size", "TextEncoder", "VideoAutoencoder", "batch_conditioning"]
+
+Size = tuple[int, int, int]
+"""Frames, height, width."""
+
+
+class Denoiser(Protocol):
+    """The trained network: an ``nn.Module`` built as ``Class(spec, *, latent_channels, latent_size, text_width, text_length)``.
+
+    A constructor takes those of the keywords that it needs: ``latent_channels`` of the autoencoder, ``latent_size`` (T, H, W)
+    of a video of the configured size, ``text_width`` (D; None for class labels) and ``text_length`` (L) of the text encoder.
+    Optional attributes: ``condition_dropout`` (float), the share of training samples whose text or label is dropped for
+    classifier-free guidance; ``adapt_state_dict(state) -> state``, which turns a published checkpoint into this class's keys.
+    """
+
+    def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Predict noise or velocity.
+
+        Args:
+            latents: [B, C, T, H, W].
+            timestep: [B], in [0, 1000], integer or not.
+
+        Returns:
+            [B, C, T, H, W], or [B, 2C, T, H, W] with variance values in the second half. Float32.
+
+        Raises:
+            ShapeError: A size that this model can't do.
+        """
+        ...
+
+
+class VideoAutoencoder(Protocol):
+    """Pixels to latents and back: an ``nn.Module`` built as ``Class(spec)``, frozen and in eval mode."""
+
+    latent_channels: int
+
+    def encode(self, video: Tensor, *, draws: Draws | None = None) -> Tensor:
+        """[B, 3, T, H, W] in [-1, 1] to latents [B, C, T', H', W']. ``draws`` samples the posterior; None takes its mean."""
+        ...
+
+    def decode(self, latents: Tensor, *, num_frames: int) -> Tensor:
+        """Latents to video [B, 3, num_frames, H, W], about in [-1, 1]."""
+        ...
+
+    def latent_size(self, size: Size) -> Size:
+        """(T', H', W') of a video of (T, H, W).
+
+        Raises:
+            ShapeError: A size that can't be encoded; the message names the nearest that can.
+        """
+        ...
+
+
+class TextEncoder(Protocol):
+    """Prompts to the text part of a `Conditioning`: an ``nn.Module`` built as ``Class(spec)``, frozen and in eval mode."""
+
+    width: int | None
+    """D; None for class labels."""
+    max_length: int
+    """L."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """``text_embedding`` [B, L, D] and ``text_mask`` [B, L], or ``labels`` [B]."""
+        ...
+
+
+@frozen(kw_only=True)
+class SampleState:
+    """Where a sampler stands after a step."""
+
+    step: int
+    """Counts from 0."""
+    num_steps: int
+    timestep: float
+    """In [0, num_timesteps]: where this step began."""
+    latents: Tensor
+    """[B, C, T, H, W] after the step."""
+    denoised: Tensor
+    """[B, C, T, H, W]: the clean latents as the denoiser foresees them at this step; for previews."""
+
+
+class Scheduler(Protocol):
+    """A training objective and a sampler; pure: randomness and the denoiser are arguments. Built as ``Class(spec)``."""
+
+    num_timesteps: int
+
+    def loss(
+        self, denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, *, draws: Draws, timestep: Tensor | None = None
+    ) -> Tensor:
+        """Loss of each sample, [B].
+
+        Frames that ``conditioning.frame_mask`` marks as given stay clean and don't count. ``timestep`` [B] fixes what is
+        otherwise drawn.
+        """
+        ...
+
+    def sample(
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        conditioning: Conditioning,
+        *,
+        draws: Draws,
+        frame_mask: Tensor | None = None,
+    ) -> Iterator[SampleState]:
+        """Denoise step by step, with classifier-free guidance; the last state holds the result.
+
+        Args:
+            noise: [B, C, T, H, W] standard normal; given frames hold their clean latents.
+            frame_mask: [B, T] in [0, 1]: 1 is generated, 0 is kept as given, in between joins in from that share of the way.
+        """
+        ...
+
+
+@frozen(kw_only=True, eq=False)
+class Clip:
+    """One training sample: a video or, with one frame, an image."""
+
+    video: Tensor
+    """[3, T, H, W] float32 in [-1, 1]."""
+    text: str
+    """The caption; for class-labelled data the label's number."""
+    fps: float
+    """120 for images."""
+    key: SampleKey
+    path: str = ""
+    """The file it came from, for messages."""
+
+    @property
+    def size(self) -> Size:
+        """(T, H, W)."""
+        return tuple(self.video.shape[1:])  # type: ignore[return-value]  # a 4-D shape
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Map-style dataset, built as ``Class(spec)``. Lives in loader workers, so it must pickle."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: SampleKey) -> Clip:
+        """The clip of row ``key.index``; whatever is random about it (crops) is drawn from ``key``.
+
+        Raises:
+            DataError: The row's file can't be used. Skipped, counted and listed by the training pipeline.
+        """
+        ...
+
+
+def batch_conditioning(clips: Sequence[Clip]) -> Conditioning:
+    """Size and rate conditions of a batch of equally sized clips."""
+    num_frames, height, width = clips[0].size
+    batch = len(clips)
+    return Conditioning(
+        fps=torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
+        height=torch.full((batch,), float(height)),
+        width=torch.full((batch,), float(width)),
+        num_frames=torch.full((batch,), float(num_frames)),
+        aspect_ratio=torch.full((batch,), height / width),
+    )
