@@ -1,0 +1,186 @@
+"""How a training or sampling step runs on the hardware. ``single`` is one process; others subclass it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from opensora.core.errors import MachineError
+from opensora.core.machine import probe_dtype
+
+if TYPE_CHECKING:
+    from opensora.core.conditioning import Conditioning
+    from opensora.core.protocols import Denoiser
+
+__all__ = ["DtypeName", "Single", "SingleSpec", "choose_device", "choose_dtype"]
+
+DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+T = TypeVar("T")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@frozen(kw_only=True)
+class SingleSpec:
+    """One process has no options."""
+
+
+class Single:
+    """One process on one device. The base of all accelerators: what a pipeline may ask of the hardware."""
+
+    Spec: type = SingleSpec
+    rank = 0
+    world_size = 1
+
+    def __init__(self, spec: Any, *, device: str | None = None, dtype: DtypeName = "auto") -> None:
+        """Choose the device and the precision; nothing is started before ``__enter__``.
+
+        Args:
+            spec: Of class ``Spec``.
+            device: As torch names it; None takes the first GPU, or else the CPU.
+            dtype: Of matrix products; ``auto`` is bf16 where the device computes it well, else fp32.
+
+        Raises:
+            MachineError: The device is missing, or can't compute in that dtype.
+        """
+        self.spec = spec
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def __enter__(self) -> Self:
+        """Join the other processes, if there are any."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        """Leave the other processes."""
+
+    # ---- running the denoiser
+
+    def prepare(self, denoiser: nn.Module) -> Denoiser:
+        """Move the denoiser to the device and return what the scheduler calls: it trains ``denoiser``'s own parameters."""
+        return self._autocast(denoiser.to(self.device))
+
+    def place(self, module: ModuleT) -> ModuleT:
+        """Move a module that isn't trained to the device, in the accelerator's dtype."""
+        return module.to(self.device, self.dtype)
+
+    def predictor(self, denoiser: nn.Module) -> Denoiser:
+        """What a sampler calls: the placed denoiser under mixed precision, without gradients' machinery."""
+        return self._autocast(denoiser)
+
+    def _autocast(self, denoiser: Callable[..., Tensor]) -> Denoiser:
+        enabled, device, dtype = self.dtype is not torch.float32, self.device.type, self.dtype
+
+        def call(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+            with torch.autocast(device, dtype, enabled=enabled):
+                return denoiser(latents, timestep, conditioning)
+
+        return call
+
+    # ---- one optimizer step
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
+        """Surrounds forward and backward of one micro-batch; gradients are exchanged in the ``last`` of a step."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``."""
+        self._scaler.scale(loss).backward()
+
+    def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, grad_clip: float) -> float:
+        """Clip, step and clear the gradients; a step whose gradients are not finite is left out.
+
+        Args:
+            grad_clip: The largest global norm; 0 is unlimited.
+
+        Returns:
+            The global 2-norm before clipping; NaN or infinite when the step was left out.
+        """
+        self._scaler.unscale_(optimizer)
+        norm = self._clip(parameters, grad_clip or float("inf"))
+        if norm_is_finite := bool(norm.isfinite()):
+            self._scaler.step(optimizer)
+        if self._scaler.is_enabled():
+            self._scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.item() if norm_is_finite else float("nan")
+
+    def _clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+
+    def scaler_state(self) -> dict[str, Any]:
+        """The loss scale of fp16, to be saved; empty for other dtypes."""
+        return self._scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Restore the loss scale; one saved in another dtype is left out."""
+        if state and self._scaler.is_enabled():
+            self._scaler.load_state_dict(state)
+
+    # ---- among processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and talks."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of ``value`` over processes."""
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in any process. Cheap, on the CPU: asked after each step."""
+        return flag
+
+    def broadcast(self, value: T) -> T:
+        """The main process's ``value``, in all processes. Any picklable object."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+
+    @contextmanager
+    def main_first(self) -> Iterator[bool]:
+        """Let the main process run the block alone while the others wait, then let them. Yields whether this is main."""
+        if self.is_main:
+            yield True
+            self.barrier()
+        else:
+            self.barrier()
+            yield False
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the best there is.
+
+    Raises:
+        MachineError: There is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise MachineError(f'Device "{name}" can\'t be used: {reason}. What there is: opensora doctor') from error
+    return device
+
+
+def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The named dtype if the device computes it.
+
+    Raises:
+        MachineError: It doesn't; on some CPUs a bf16 product kills the process, so this is tried in another one.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name != "fp32" and (problem := probe_dtype(device.type, name)):
+        raise MachineError(f'dtype "{name}" does not work on {device.type} here: {problem}. Use --dtype fp32.')
+    return DTYPES[name]

@@ -1,0 +1,1 @@
+"""The commands ``opensora`` and ``opensora-run``."""

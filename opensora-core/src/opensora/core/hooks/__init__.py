@@ -1,0 +1,1 @@
+"""The built-in behaviour of runs, written over the same hooks as anyone's."""

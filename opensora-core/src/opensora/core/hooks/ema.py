@@ -1,0 +1,93 @@
+"""Averaged weights: what sampling uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import field, frozen
+from attrs.validators import and_, ge, lt
+from torch import Tensor, nn
+
+from opensora.core.errors import CheckpointError
+from opensora.core.hookspecs import hook
+
+if TYPE_CHECKING:
+    from opensora.core.pipelines.train_loop import TrainRun, Update
+
+__all__ = ["EMA", "EMASpec"]
+
+
+@frozen(kw_only=True)
+class EMASpec:
+    """Exponential moving average of the trained weights, in float32."""
+
+    decay: float = field(default=0.9999, validator=and_(ge(0), lt(1)))
+    """Weight of the past at each step."""
+    warmup: bool = True
+    """At first average over the steps there are: the decay is at most (1 + step) / (10 + step)."""
+
+
+class EMA:
+    """``ema = decay * ema + (1 - decay) * weights`` after each step; buffers and frozen parameters are copied when saving."""
+
+    Spec = EMASpec
+
+    def __init__(self, spec: EMASpec) -> None:
+        self.spec = spec
+        self.averages: dict[str, Tensor] = {}
+
+    @hook(tryfirst=True)
+    def train_start(self, run: TrainRun) -> None:
+        """Start from the weights as they are, unless a checkpoint brought averages."""
+        if not self.averages:
+            trained = {name: each for name, each in run.denoiser.named_parameters() if each.requires_grad}
+            self.averages = {name: each.detach().float().clone() for name, each in trained.items()}
+        run.ema = self
+
+    @hook(tryfirst=True)
+    def step_end(self, run: TrainRun, update: Update) -> None:
+        """Move the averages towards the weights; a step that was left out moves nothing."""
+        if update.is_left_out:
+            return
+        decay = min(self.spec.decay, (1 + update.step) / (10 + update.step)) if self.spec.warmup else self.spec.decay
+        parameters = dict(run.denoiser.named_parameters())
+        weights = [parameters[name].detach() for name in self.averages]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+
+    @hook
+    def save_tensors(self, run: TrainRun) -> Mapping[str, Mapping[str, Tensor]]:
+        """The whole state dict, with averages in place of weights, so that it loads like any other."""
+        return {"ema": {**run.denoiser.state_dict(), **self.averages}}
+
+    @hook
+    def restore_tensors(self, run: TrainRun, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take the averages back.
+
+        Raises:
+            CheckpointError: The checkpoint has none, or of another model.
+        """
+        trained = {name: each for name, each in run.denoiser.named_parameters() if each.requires_grad}
+        saved = tensors.get("ema", {})
+        if missing := [name for name in trained if name not in saved]:
+            raise CheckpointError(
+                f"The checkpoint has no averaged weights for {missing[0]} and {len(missing) - 1} more. "
+                "It was trained with ema_decay = 0; set that, or start from its weights with model.from_pretrained."
+            )
+        self.averages = {name: saved[name].to(each.device, torch.float32) for name, each in trained.items()}
+
+    @contextmanager
+    def applied(self, denoiser: nn.Module) -> Iterator[None]:
+        """Put the averages into ``denoiser`` for the length of the block."""
+        parameters = dict(denoiser.named_parameters())
+        kept = {name: parameters[name].detach().clone() for name in self.averages}
+        with torch.no_grad():
+            for name, average in self.averages.items():
+                parameters[name].copy_(average)
+            try:
+                yield
+            finally:
+                for name, weight in kept.items():
+                    parameters[name].copy_(weight)

@@ -1,0 +1,66 @@
+"""``loss.png``: the loss curve, drawn when training ends."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from opensora.core.hookspecs import hook
+from opensora.core.run_folder import read_jsonl
+
+if TYPE_CHECKING:
+    from opensora.core.pipelines.train_loop import TrainRun
+
+__all__ = ["LossPlot", "LossPlotSpec"]
+
+log = logging.getLogger(__name__)
+
+
+@frozen(kw_only=True)
+class LossPlotSpec:
+    """Draw ``metrics.jsonl`` as ``loss.png``; needs matplotlib."""
+
+
+class LossPlot:
+    """Draws each logged loss, and their running mean."""
+
+    Spec = LossPlotSpec
+
+    def __init__(self, spec: LossPlotSpec) -> None:
+        self.spec = spec
+
+    @hook(trylast=True)
+    def train_end(self, run: TrainRun) -> None:
+        """Draw all that was logged, by earlier parts of the run too."""
+        records = read_jsonl(run.folder / "metrics.jsonl") if run.accelerator.is_main else []
+        if not records:
+            return
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            log.info("No loss plot: pip install 'opensora-core[plot]'")
+            return
+        steps = [float(str(record["step"])) for record in records]
+        losses = [float(str(record["loss"])) for record in records]
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(steps, losses, alpha=0.3, linewidth=0.8, label="loss")
+        axes.plot(steps, running_mean(losses), linewidth=1.5, label="running mean")
+        axes.set(xlabel="step", ylabel="loss", title=run.folder.name)
+        if all(loss > 0 for loss in losses):
+            axes.set_yscale("log")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(run.folder / "loss.png", dpi=110)
+        log.info("Loss plot %s", run.folder / "loss.png")
+
+
+def running_mean(values: list[float], weight: float = 0.97) -> list[float]:
+    """Exponential running mean, corrected for its start."""
+    means, mean = [], 0.0
+    for count, value in enumerate(values, start=1):
+        mean = weight * mean + (1 - weight) * value
+        means.append(mean / (1 - weight**count))
+    return means

@@ -1,0 +1,186 @@
+"""Which samples a step sees, and how they are read.
+
+The order of samples is a pure function of (seed, epoch). Epochs follow one another without a gap: a batch may hold the last
+samples of one epoch and the first of the next, so nothing is dropped or repeated, and a position in the data is one number,
+the count of samples that all processes have seen. It means the same whatever the batch size or the number of processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define, field, frozen
+
+from opensora.core.conditioning import Conditioning
+from opensora.core.errors import DataError, ShapeError
+from opensora.core.protocols import Clip, Dataset, batch_conditioning
+from opensora.core.randomness import SampleDraws, SampleKey, generator_for
+from opensora.core.run_folder import append_jsonl
+
+__all__ = ["Batch", "SampleOrder", "Slicing", "UnreadableFiles", "iter_batches"]
+
+log = logging.getLogger(__name__)
+
+
+@define
+class SampleOrder:
+    """Endless shuffled order over ``num_samples`` samples."""
+
+    num_samples: int
+    seed: int
+    shuffle: bool = True
+    _epoch: int = -1
+    _permutation: torch.Tensor = field(factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def key(self, position: int) -> SampleKey:
+        """Which sample stands at ``position``, counted from 0 through all epochs."""
+        epoch, offset = divmod(position, self.num_samples)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, self._permute(epoch)
+        return SampleKey(seed=self.seed, index=int(self._permutation[offset]), epoch=epoch)
+
+    def _permute(self, epoch: int) -> torch.Tensor:
+        if not self.shuffle:
+            return torch.arange(self.num_samples)
+        return torch.randperm(self.num_samples, generator=generator_for(self.seed, "order", epoch))
+
+
+@frozen(kw_only=True)
+class Slicing:
+    """How a step's samples are dealt out: ``accumulation`` micro-batches of ``batch_size`` to each of ``world_size`` processes."""
+
+    batch_size: int
+    accumulation: int = 1
+    world_size: int = 1
+    rank: int = 0
+
+    @property
+    def samples_per_step(self) -> int:
+        """Over all processes."""
+        return self.batch_size * self.accumulation * self.world_size
+
+    def iter_micro_batches(self, order: SampleOrder, position: int) -> Iterator[list[SampleKey]]:
+        """This process's micro-batches from ``position`` on, for ever."""
+        while True:
+            for micro in range(self.accumulation):
+                start = position + (micro * self.world_size + self.rank) * self.batch_size
+                yield [order.key(start + offset) for offset in range(self.batch_size)]
+            position += self.samples_per_step
+
+
+@frozen(kw_only=True, eq=False)
+class Batch:
+    """What the loader hands over: the clips that could be read, stacked, and what could not."""
+
+    video: torch.Tensor
+    """[B, 3, T, H, W] in [-1, 1]."""
+    texts: Sequence[str]
+    conditioning: Conditioning
+    """Sizes and rates, no text yet."""
+    keys: Sequence[SampleKey]
+    paths: Sequence[str]
+    failed: Sequence[tuple[SampleKey, str]] = ()
+    """Samples that could not be read, with the reason."""
+
+    def __len__(self) -> int:
+        """Samples that were read."""
+        return len(self.keys)
+
+    def draws(self, device: torch.device) -> SampleDraws:
+        """The random numbers of these samples."""
+        return SampleDraws(self.keys, device)
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's loader, so that the copy to a GPU needn't wait."""
+        object.__setattr__(self, "video", self.video.pin_memory())
+        return self
+
+
+def collate(items: Sequence[Clip | tuple[SampleKey, str]]) -> Batch:
+    """Stack clips; those that failed stand in ``failed``.
+
+    Raises:
+        ShapeError: Clips of one batch differ in size.
+    """
+    clips = [item for item in items if isinstance(item, Clip)]
+    sizes = {clip.size: clip.path for clip in clips}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{size} of {path}" for size, path in sizes.items())
+        raise ShapeError(f"Clips of one batch must share frames, height and width; got {listed}.")
+    return Batch(
+        video=torch.stack([clip.video for clip in clips]) if clips else torch.empty(0),
+        texts=[clip.text for clip in clips],
+        conditioning=batch_conditioning(clips) if clips else Conditioning(),
+        keys=[clip.key for clip in clips],
+        paths=[clip.path for clip in clips],
+        failed=[item for item in items if not isinstance(item, Clip)],
+    )
+
+
+@frozen
+class _Reading(torch.utils.data.Dataset[Any]):
+    """Hands errors of the data over instead of raising them, since a loader worker that raises ends the run."""
+
+    dataset: Dataset
+
+    def __getitem__(self, key: SampleKey) -> Clip | tuple[SampleKey, str]:
+        try:
+            return self.dataset[key]
+        except DataError as error:
+            return key, str(error)
+
+
+def iter_batches(
+    dataset: Dataset,
+    order: SampleOrder,
+    slicing: Slicing,
+    *,
+    position: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This process's micro-batches from ``position`` on, for ever, read ahead by ``num_workers`` worker processes."""
+    loader = torch.utils.data.DataLoader(
+        _Reading(dataset),
+        batch_sampler=slicing.iter_micro_batches(order, position),  # type: ignore[arg-type]  # any iterable of lists serves
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+    )
+    yield from loader
+
+
+@define
+class UnreadableFiles:
+    """The policy for clips that can't be read: skip, count and list them; too many of them stop the run."""
+
+    listing: Path
+    """``skipped.jsonl``."""
+    num_samples: int
+    limit: float
+    """Share of the data's rows."""
+    _rows: set[int] = field(factory=set)
+
+    def record(self, batch: Batch) -> None:
+        """List what ``batch`` lacks.
+
+        Raises:
+            DataError: More rows than allowed can't be read.
+        """
+        for key, reason in batch.failed:
+            if key.index in self._rows:
+                continue
+            self._rows.add(key.index)
+            append_jsonl(self.listing, {"row": key.index, "epoch": key.epoch, "reason": reason})
+            log.warning("%s Skipped; %d of %d rows so far, listed in %s", reason, len(self._rows), self.num_samples, self.listing)
+        allowed = math.ceil(self.limit * self.num_samples)
+        if len(self._rows) > allowed:
+            raise DataError(
+                f"{len(self._rows)} of {self.num_samples} rows can't be read, more than max_unreadable={self.limit:g} allows "
+                f"({allowed}). They are listed in {self.listing}; mend or remove them, or raise max_unreadable."
+            )

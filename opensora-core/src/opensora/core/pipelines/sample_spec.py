@@ -1,0 +1,122 @@
+"""What a sampling config may say. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from attrs import field, frozen
+from attrs.validators import ge, gt, optional
+
+from opensora.core.config.structure import ComponentConfig
+from opensora.core.errors import ConfigError
+from opensora.core.pipelines.train_spec import hashed_words, identity
+from opensora.core.sizes import image_size, parse_num_frames
+
+__all__ = ["SampleSpec"]
+
+
+@frozen(kw_only=True)
+class SampleSpec:
+    """Sample videos or images from prompts or labels."""
+
+    pipeline: Literal["sample"] = "sample"
+
+    # ---- components
+    model: ComponentConfig
+    """The denoiser. Besides its own options: from_pretrained (path, run folder or hub id), partial (accept missing keys)."""
+    scheduler: ComponentConfig
+    """The sampler, with its guidance scale and number of steps."""
+    vae: ComponentConfig = field(factory=identity)
+    """The video autoencoder; the default works on pixels."""
+    text_encoder: ComponentConfig = field(factory=hashed_words)
+    """The one that the model was trained with."""
+    accelerator: ComponentConfig | None = None
+    """None: one process, or ddp under torchrun, which deals out the prompts."""
+    hooks: list[ComponentConfig] = field(factory=list)
+    """Further hooks; one of a default's name replaces it."""
+    without_hooks: list[str] = field(factory=list)
+    """Names of hooks to leave out."""
+
+    # ---- what
+    prompt: str | list[str] | None = None
+    """One or more prompts; for class labels their numbers."""
+    prompt_path: str | None = None
+    """Text file with a prompt a line; used if there is no prompt."""
+    start_index: int | None = None
+    """First prompt to sample (of a file: as a Python slice); file names count on from it."""
+    end_index: int | None = None
+    """Prompt before which to stop."""
+    num_sample: int = field(default=1, validator=gt(0))
+    """Videos a prompt, each with a seed of its own."""
+    num_frames: int | str = 1
+    """Frames, or a name such as 2s or 4s; 1 is an image."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels; goes before resolution and aspect_ratio."""
+    resolution: str | None = None
+    """240p, 512, ...; with aspect_ratio."""
+    aspect_ratio: str | None = None
+    """height:width; 9:16 is landscape."""
+    fps: float = field(default=24, validator=gt(0))
+    """Frames a second that the model is told; images are told 120."""
+    frame_interval: int = field(default=1, validator=gt(0))
+    """The model was trained on every n-th frame: files play n times slower, unless save_fps is given."""
+    save_fps: float | None = field(default=None, validator=optional(gt(0)))
+    """Frames a second of the files; None: fps / frame_interval."""
+    aes: float | None = None
+    """Adds "aesthetic score: 6.5." to each prompt."""
+    flow: float | None = None
+    """Adds "motion score: 4.0."."""
+    camera_motion: str | None = None
+    """Adds "camera motion: pan right."."""
+    multi_resolution: Literal["STDiT2", "OpenSora", "PixArtMS"] | bool | None = None
+    """Accepted from older configs; each model is always told the size, and takes what it knows."""
+
+    # ---- how
+    seed: int = 1024
+    """Of the first video; each further one has the next number. A video depends on its own seed alone."""
+    batch_size: int = field(default=1, validator=gt(0))
+    """Videos at once, in each process. Does not change them."""
+    device: str | None = None
+    """None: the first GPU, or else the CPU."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of weights and matrix products. auto: bf16 on GPUs that have it, else fp32."""
+
+    # ---- where
+    name: str | None = None
+    """Of the run folder; None: the model's type."""
+    outputs: str = "outputs"
+    """Parent of run folders."""
+    save_dir: str | None = None
+    """This very folder instead of samples/ of a numbered run folder."""
+    sample_name: str | None = None
+    """First part of file names; None: sample."""
+    prompt_as_path: bool = False
+    """Name files after their prompts, and leave out those that are there already."""
+    skip_existing: bool = False
+    """Leave out videos that are there already: goes on with a run that was ended."""
+    crf: int = field(default=18, validator=ge(0))
+    """H.264's quality: 0 is lossless, 18 looks so, 28 is small."""
+    verbose: int = field(default=1, validator=ge(0))
+    """0: no progress, 1: progress over videos, 2: over steps too."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.image_size is None and (self.resolution is None or self.aspect_ratio is None):
+            raise ConfigError("The size is not set: give image_size = (height, width), or resolution and aspect_ratio.")
+        if any(side < 1 for side in self.size):
+            raise ConfigError(f"image_size is {self.image_size}; both sides must be at least 1.")
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width in pixels.
+
+        Raises:
+            ConfigError: A name is unknown.
+        """
+        if self.image_size is not None:
+            return parse_num_frames(self.num_frames), *self.image_size
+        return parse_num_frames(self.num_frames), *image_size(str(self.resolution), str(self.aspect_ratio))
+
+    @property
+    def file_fps(self) -> float:
+        """Frames a second of the files."""
+        return self.save_fps or self.fps / self.frame_interval

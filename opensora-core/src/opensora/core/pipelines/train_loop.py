@@ -1,0 +1,278 @@
+"""The training loop. What only accompanies it (logging, EMA, checkpoints, previews) are hooks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+import attrs
+import torch
+from attrs import define, field, frozen
+from torch import Tensor, nn
+
+from opensora.core.accelerator import Single
+from opensora.core.checkpoints import Checkpoint, save_checkpoint
+from opensora.core.composing import Parts
+from opensora.core.conditioning import Conditioning
+from opensora.core.errors import CheckpointError, DataError, NonFiniteLossError
+from opensora.core.frame_masks import draw_frame_mask
+from opensora.core.hooking import Hooks
+from opensora.core.hooks.ema import EMA
+from opensora.core.loading import Batch, SampleOrder, Slicing, UnreadableFiles, iter_batches
+from opensora.core.optimization import learning_rate_factor
+from opensora.core.pipelines.train_spec import TrainSpec
+from opensora.core.protocols import Dataset, Denoiser
+from opensora.core.randomness import generator_for
+from opensora.core.stopping import Interrupted, StopRequest
+
+__all__ = ["Progress", "TrainRun", "Update", "train"]
+
+log = logging.getLogger(__name__)
+
+
+@define
+class Progress:
+    """What the loop counts; saved in every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps made, those left out for non-finite gradients included."""
+    samples: int = 0
+    """Samples seen by all processes: the position in the data."""
+    left_out: int = 0
+    """Steps left out."""
+    left_out_in_a_row: int = 0
+
+
+@frozen(kw_only=True)
+class Update:
+    """What one optimizer step did, as far as it is known without waiting for the device."""
+
+    step: int
+    """Counts from 1."""
+    loss: Tensor
+    """This process's mean loss, detached, on the device."""
+    grad_norm: float
+    """Before clipping; NaN if the step was left out."""
+    lr: float
+    epoch: float
+    """Passes over the data so far."""
+    is_left_out: bool
+
+
+@define(kw_only=True, eq=False)
+class TrainRun:
+    """Everything that a training run consists of. Hooks get it."""
+
+    spec: TrainSpec
+    folder: Path
+    accelerator: Single
+    parts: Parts
+    denoiser: nn.Module
+    """The trained module; its ``state_dict`` is what is saved."""
+    predict: Denoiser
+    """What the scheduler calls: the denoiser with mixed precision, gradient exchange and hooks' wrappers."""
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    dataset: Dataset
+    order: SampleOrder
+    slicing: Slicing
+    unreadable: UnreadableFiles
+    mask_ratios: Mapping[str, float] | None
+    max_steps: int
+    hooks: Hooks
+    stop: StopRequest
+    progress: Progress = field(factory=Progress)
+    last_checkpoint: Path | None = None
+    ema: EMA | None = None
+    """Set by the hook of that name."""
+
+    def iter_steps(self) -> Iterator[list[Batch]]:
+        """For each step that is left, this process's micro-batches."""
+        batches = iter_batches(
+            self.dataset,
+            self.order,
+            self.slicing,
+            position=self.progress.samples,
+            num_workers=self.spec.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        while self.progress.step < self.max_steps:
+            yield list(islice(batches, self.slicing.accumulation))
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of this moment; all processes must call it.
+
+        Raises:
+            CheckpointError: It can't be written, in whichever process.
+        """
+        added = {stem: tensors for files in self.hooks.save_tensors(run=self) for stem, tensors in files.items()}
+        error: CheckpointError | None = None
+        path = None
+        if self.accelerator.is_main:
+            checkpoint = Checkpoint(
+                tensors={"model": self.denoiser.state_dict(), **added},
+                optimizer={"optimizer": self.optimizer.state_dict(), "scaler": self.accelerator.scaler_state()},
+                state={"seed": self.spec.seed, **attrs.asdict(self.progress)},
+            )
+            try:
+                path = save_checkpoint(self.folder / "checkpoints", self.progress.step, checkpoint)
+            except CheckpointError as failure:
+                error = failure
+        path, error = self.accelerator.broadcast((path, error))
+        if error:
+            raise error
+        assert path is not None  # no error, so it was written
+        self.last_checkpoint = path
+        self.hooks.checkpoint_saved(run=self, path=path)
+        return path
+
+
+def train(run: TrainRun) -> None:
+    """Train until ``run.max_steps``, going on exactly where ``run.progress`` stands.
+
+    Raises:
+        Interrupted: A signal asked to stop; a checkpoint was saved.
+        NonFiniteLossError: Too many steps in a row had no finite gradients.
+        DataError: Too many files can't be read.
+    """
+    logged = LogWindow(run)
+    decoy: Batch | None = None
+    for batches in run.iter_steps():
+        torch.manual_seed(generator_for(run.spec.seed, run.progress.step, run.accelerator.rank).initial_seed())  # dropout
+        losses = []
+        for index, batch in enumerate(batches):
+            run.unreadable.record(batch)
+            decoy = batch if len(batch) else decoy
+            with run.accelerator.micro_step(last=index == len(batches) - 1):
+                loss = micro_batch_loss(run, batch, decoy)
+                run.accelerator.backward(loss / len(batches))
+            losses.append(loss.detach())
+        update = make_update(run, torch.stack(losses).mean())
+        logged.add(update)
+        run.hooks.step_end(run=run, update=update)
+        check_finite(run, update, batches)
+        if run.accelerator.any(bool(run.stop)) and run.progress.step < run.max_steps:
+            path = run.save_checkpoint()
+            raise Interrupted(
+                f"Stopped at step {run.progress.step} of {run.max_steps}, saved {path}. "
+                f"Go on with: opensora-run {run.folder}/config.py --load {run.folder}",
+                signal_number=run.stop.signal_number or 15,
+            )
+    if run.last_checkpoint is None or not run.last_checkpoint.name.endswith(f"{run.progress.step:06d}"):
+        run.save_checkpoint()
+
+
+def micro_batch_loss(run: TrainRun, batch: Batch, decoy: Batch | None) -> Tensor:
+    """The mean loss over a micro-batch's nominal size; samples that could not be read count as zero.
+
+    A process whose whole micro-batch is unreadable must still take part in the exchange of gradients: it runs the ``decoy``,
+    the last batch it could read, with weight zero.
+
+    Raises:
+        DataError: Nothing at all could be read yet.
+    """
+    if not len(batch) and decoy is None:
+        raise DataError(f"None of the first {len(batch.failed)} clips can be read; the first: {batch.failed[0][1]}")
+    used, weight = (batch, 1.0) if len(batch) or decoy is None else (decoy, 0.0)
+    latents, conditioning = encode(run, used)
+    draws = used.draws(run.accelerator.device)
+    losses = run.parts.scheduler.loss(run.predict, latents, conditioning, draws=draws)  # [B]
+    return losses.sum() * (weight / run.slicing.batch_size)
+
+
+@torch.no_grad()
+def encode(run: TrainRun, batch: Batch) -> tuple[Tensor, Conditioning]:
+    """Latents and conditioning of a batch on the device, with frames masked and captions dropped as configured."""
+    device, draws = run.accelerator.device, batch.draws(run.accelerator.device)
+    video = batch.video.to(device, non_blocking=True)
+    latents = run.parts.vae.encode(video.to(run.accelerator.dtype), draws=draws).float()
+    text = run.parts.text_encoder.encode(batch.texts)
+    sizes = batch.conditioning
+    conditioning = text.replace(
+        fps=sizes.fps,
+        height=sizes.height,
+        width=sizes.width,
+        num_frames=sizes.num_frames,
+        aspect_ratio=sizes.aspect_ratio,
+    ).to(device)
+    if dropout := getattr(run.denoiser, "condition_dropout", 0.0):
+        conditioning = conditioning.replace(dropped=draws.uniform("condition dropout") < dropout)
+    if run.mask_ratios:
+        masks = [draw_frame_mask(run.mask_ratios, latents.shape[2], key) for key in batch.keys]
+        conditioning = conditioning.replace(frame_mask=torch.stack(masks).to(device))
+    return latents, conditioning
+
+
+def make_update(run: TrainRun, loss: Tensor) -> Update:
+    """Step the optimizer and count."""
+    factor = learning_rate_factor(
+        run.progress.step, warmup_steps=run.spec.warmup_steps, max_steps=run.max_steps, schedule=run.spec.lr_schedule
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.spec.lr * factor
+    grad_norm = run.accelerator.update(run.optimizer, run.parameters, grad_clip=run.spec.grad_clip)
+    is_left_out = grad_norm != grad_norm  # NaN
+    run.progress.step += 1
+    run.progress.samples += run.slicing.samples_per_step
+    run.progress.left_out += is_left_out
+    run.progress.left_out_in_a_row = run.progress.left_out_in_a_row + 1 if is_left_out else 0
+    return Update(
+        step=run.progress.step,
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=run.spec.lr * factor,
+        epoch=run.progress.samples / run.order.num_samples,
+        is_left_out=is_left_out,
+    )
+
+
+def check_finite(run: TrainRun, update: Update, batches: list[Batch]) -> None:
+    """Warn of a step that was left out.
+
+    Raises:
+        NonFiniteLossError: It was one too many in a row.
+    """
+    if not update.is_left_out:
+        return
+    paths = [path for batch in batches for path in batch.paths][:8]
+    log.warning("Step %d is left out: loss or gradients are not finite. Its samples: %s", update.step, ", ".join(paths))
+    if run.progress.left_out_in_a_row >= run.spec.max_left_out:
+        good = run.last_checkpoint or "none yet"
+        raise NonFiniteLossError(
+            f"The loss was not finite in {run.progress.left_out_in_a_row} steps in a row, up to step {update.step}. "
+            f"Last good checkpoint: {good}. Try a lower lr, grad_clip = 1.0, or --dtype fp32; look at {', '.join(paths)}."
+        )
+
+
+class LogWindow:
+    """Gathers updates and calls the ``log`` hook every ``log_every`` steps: only then is the device waited for."""
+
+    def __init__(self, run: TrainRun) -> None:
+        self.run = run
+        self._losses: list[Tensor] = []
+        self._since = time.perf_counter()
+
+    def add(self, update: Update) -> None:
+        """Take one more update; at the end of a window, call the hook."""
+        run = self.run
+        self._losses.append(update.loss)
+        if update.step % run.spec.log_every and update.step != run.max_steps:
+            return
+        loss, average = run.accelerator.mean(torch.stack([update.loss, torch.stack(self._losses).mean()])).tolist()
+        elapsed = time.perf_counter() - self._since
+        record = {
+            "step": update.step,
+            "loss": loss,
+            "avg_loss": average,
+            "lr": update.lr,
+            "grad_norm": update.grad_norm,
+            "epoch": update.epoch,
+            "samples": run.progress.samples,
+            "left_out": run.progress.left_out,
+            "steps_per_second": len(self._losses) / elapsed,
+        }
+        self._losses, self._since = [], time.perf_counter()
+        run.hooks.log(run=run, record=record)

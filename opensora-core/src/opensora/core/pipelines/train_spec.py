@@ -1,0 +1,144 @@
+"""What a training config may say. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from attrs import field, frozen
+from attrs.validators import and_, ge, gt, le, lt, optional
+
+from opensora.core.config.structure import ComponentConfig
+from opensora.core.errors import ConfigError
+
+__all__ = ["TrainSpec", "hashed_words", "identity"]
+
+
+def hashed_words() -> ComponentConfig:
+    """The embedded text encoder, which needs no download."""
+    return ComponentConfig(type="hashed-words", options={})
+
+
+def identity() -> ComponentConfig:
+    """The autoencoder that works on pixels."""
+    return ComponentConfig(type="identity", options={})
+
+
+@frozen(kw_only=True)
+class TrainSpec:
+    """Train a denoiser on captioned or labelled clips."""
+
+    pipeline: Literal["train"] = "train"
+
+    # ---- components
+    model: ComponentConfig
+    """The denoiser. Besides its own options: from_pretrained (path or hub id), partial (accept missing keys)."""
+    scheduler: ComponentConfig
+    """The training objective."""
+    dataset: ComponentConfig
+    """The clips."""
+    vae: ComponentConfig = field(factory=identity)
+    """The video autoencoder; the default trains on pixels."""
+    text_encoder: ComponentConfig = field(factory=hashed_words)
+    """The default needs no download and is meant for demos and tests."""
+    accelerator: ComponentConfig | None = None
+    """None: one process, or ddp under torchrun."""
+    hooks: list[ComponentConfig] = field(factory=list)
+    """Further hooks; one of a default's name replaces it."""
+    without_hooks: list[str] = field(factory=list)
+    """Names of hooks to leave out."""
+
+    # ---- where
+    name: str | None = None
+    """Of the run folder; None: the model's type."""
+    outputs: str = "outputs"
+    """Parent of run folders."""
+    run_folder: str | None = None
+    """This very folder instead of a numbered one."""
+    load: str | None = None
+    """Run folder or checkpoint to go on from, in its own run folder."""
+    start_from_scratch: bool = False
+    """With load: take weights, EMA and optimizer, but start at step 0 in a new run folder."""
+
+    # ---- hardware
+    device: str | None = None
+    """None: the first GPU, or else the CPU."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of matrix products; weights stay fp32. auto: bf16 on GPUs that have it, else fp32."""
+    grad_checkpoint: bool = False
+    """Compute each block's activations again in backward: less memory, about a third more time."""
+    num_workers: int = field(default=4, validator=ge(0))
+    """Processes that read clips ahead; 0 reads in the training process."""
+
+    # ---- how long, how many at once
+    seed: int = 1024
+    """Of initial weights, order, noise, timesteps and masks."""
+    batch_size: int = field(default=1, validator=gt(0))
+    """Samples a micro-batch and process."""
+    accumulation_steps: int = field(default=1, validator=gt(0))
+    """Micro-batches an optimizer step."""
+    epochs: int = field(default=1000, validator=gt(0))
+    """Passes over the data at most."""
+    max_steps: int | None = field(default=None, validator=optional(gt(0)))
+    """Optimizer steps at most; None: as many as the epochs hold."""
+
+    # ---- optimization
+    lr: float = field(default=1e-4, validator=gt(0))
+    """AdamW's learning rate, after warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: stay, or fall to 0 at the last step."""
+    warmup_steps: int = field(default=0, converter=lambda value: value or 0, validator=ge(0))
+    """Steps over which the learning rate rises. None is 0."""
+    weight_decay: float = field(default=0.0, validator=ge(0))
+    """AdamW's."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    adam_eps: float = field(default=1e-8, validator=gt(0))
+    """AdamW's."""
+    grad_clip: float = field(default=0.0, validator=ge(0))
+    """Largest global gradient norm; 0 is unlimited."""
+    mask_ratios: dict[str, float] | None = None
+    """Share of samples by frame mask (see `opensora.core.frame_masks`): which frames are given instead of noised."""
+    max_left_out: int = field(default=10, validator=gt(0))
+    """Stop after so many steps in a row without finite gradients."""
+    max_unreadable: float = field(default=0.05, validator=and_(ge(0), le(1)))
+    """Stop when more than this share of the rows can't be read."""
+
+    # ---- beside the loop
+    ema_decay: float = field(default=0.9999, validator=and_(ge(0), lt(1)))
+    """Of the averaged weights that sampling uses; 0 keeps none."""
+    log_every: int = field(default=1, validator=gt(0))
+    """Steps between log records."""
+    ckpt_every: int = field(default=0, validator=ge(0))
+    """Steps between checkpoints; 0: only at the end and on signals."""
+    keep_last: int = field(default=2, validator=ge(0))
+    """Checkpoints kept; 0 keeps all."""
+    preview_every: int = field(default=0, validator=ge(0))
+    """Steps between previews; 0 is never."""
+    preview_prompts: list[str] = field(factory=list)
+    """What the previews show; empty: the first captions of the data."""
+    wandb: bool = False
+    """Log to Weights & Biases, through the hook of that name."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.start_from_scratch and not self.load:
+            raise ConfigError("start_from_scratch needs load: a run folder or checkpoint to take the weights from.")
+
+    def default_hooks(self) -> list[ComponentConfig]:
+        """The hooks that take part unless ``without_hooks`` says otherwise."""
+
+        def hook(name: str, **options: Any) -> ComponentConfig:
+            return ComponentConfig(type=name, options=options)
+
+        hooks = [hook("ema", decay=self.ema_decay)] if self.ema_decay else []
+        hooks += [
+            hook("progress"),
+            hook("console"),
+            hook("jsonl"),
+            hook("tensorboard"),
+            hook("checkpoints", every=self.ckpt_every, keep_last=self.keep_last),
+        ]
+        if self.preview_every:
+            hooks.append(hook("previews", every=self.preview_every, prompts=self.preview_prompts))
+        if self.wandb:
+            hooks.append(hook("wandb"))
+        return [*hooks, hook("loss-plot")]

@@ -1,0 +1,95 @@
+"""Where a run writes: ``outputs/003-STDiT3-XL-2/`` with its config, log, metrics, samples and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from opensora.core.errors import MachineError
+
+__all__ = ["append_jsonl", "logging_to", "make_folder", "new_run_folder", "read_jsonl", "write_atomically"]
+
+_NUMBERED = re.compile(r"(\d{3,})-")
+
+
+def new_run_folder(outputs: Path, name: str) -> Path:
+    """Make ``outputs/NNN-name``, NNN one above the highest there. Two runs started at once get two folders.
+
+    Args:
+        name: Slashes become dashes.
+
+    Raises:
+        MachineError: The folder can't be written.
+    """
+    make_folder(outputs)
+    while True:
+        taken = [int(match[1]) for entry in outputs.iterdir() if (match := _NUMBERED.match(entry.name))]
+        folder = outputs / f"{max(taken, default=-1) + 1:03d}-{name.replace('/', '-')}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue  # another run took the number between our look and our step
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        return folder
+
+
+def make_folder(folder: Path) -> Path:
+    """Make ``folder`` and its parents, and check that files can be written there.
+
+    Raises:
+        MachineError: They can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> MachineError:
+    return MachineError(f"Can't write to {folder}: {error.strerror}. Choose another folder with --outputs or --save-dir.")
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Add what ``opensora`` logs inside the block to a file, from level INFO."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.INFO)
+    logger = logging.getLogger("opensora")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
+    """Append one line in one write, so that processes may share the file and a kill can't split a line from its end."""
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(record) + "\n").encode())
+
+
+def read_jsonl(path: Path) -> list[dict[str, object]]:
+    """All whole records; a last line that a kill cut short is left out. A missing file has none."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
