@@ -1,0 +1,87 @@
+"""How work is dealt out doesn't change what is learned or made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Command, losses, tiny_training, weights
+
+from opensora.core.video import read_video
+
+SPLITS = {
+    "2 processes of 4": ({"batch_size": 4}, ["--nproc", 2]),
+    "2 micro-batches of 4": ({"batch_size": 4, "accumulation_steps": 2}, []),
+    "2 processes of 2 micro-batches of 2": ({"batch_size": 2, "accumulation_steps": 2}, ["--nproc", 2]),
+    "2 loader workers": ({"num_workers": 2}, []),
+}
+MASKS = {"image_head": 0.3, "random": 0.3}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """One process with batch 8."""
+    import subprocess
+
+    from conftest import command_line, environment
+
+    from opensora.core.config.write import write_config
+
+    folder = tmp_path_factory.mktemp("whole")
+    write_config(folder / "config.py", tiny_training(clips, mask_ratios=MASKS), "A test's config.")
+    done = subprocess.run(
+        command_line("opensora-run", folder / "config.py", "--run-folder", folder / "run"),
+        cwd=folder, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_training_is_the_same_however_it_is_split(
+    split: str, whole: Path, command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes, flags = SPLITS[split]
+    config = write(tiny_training(clips, mask_ratios=MASKS, **changes))
+    done = command("opensora-run", config, "--run-folder", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(whole), rtol=1e-5, atol=0)
+    for key, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(tmp_path / "run")[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+def sampling(model: object, **changes: object) -> dict[str, object]:
+    return {
+        "model": model,
+        "scheduler": {"type": "rflow", "num_sampling_steps": 4, "cfg_scale": 3.0},
+        "prompt": [f"a square of size {size}" for size in range(4)],
+        "num_frames": 4,
+        "image_size": (16, 16),
+        "fps": 8,
+        "dtype": "fp32",
+        "crf": 0,
+        **changes,
+    }
+
+
+def test_a_video_depends_on_its_seed_alone(
+    whole: Path, command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = {**tiny_training(clips)["model"], "from_pretrained": str(whole)}  # type: ignore[dict-item]
+
+    def sample(name: str, *flags: object, **changes: object) -> list[torch.Tensor]:
+        config = write(sampling(model, save_dir=str(tmp_path / name), **changes), f"{name}.py")
+        done = command("opensora-run", config, *flags)
+        assert done.returncode == 0, done.stderr
+        return [read_video(path)[0] for path in sorted((tmp_path / name).glob("*.mp4"))]
+
+    together = sample("together", batch_size=4)
+    assert len(together) == 4
+    for other in (sample("one-by-one", batch_size=1), sample("two-processes", "--nproc", 2, batch_size=1)):
+        for ours, theirs in zip(other, together, strict=True):
+            assert torch.equal(ours, theirs)
+    (alone,) = sample("alone", prompt="a square of size 2", seed=1024 + 2)
+    assert torch.equal(alone, together[2])
+    assert not torch.equal(together[2], sample("other-seed", prompt="a square of size 2", seed=7)[0])
