@@ -41,7 +41,14 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_training(clips: Path, **changes: object) -> dict[str, object]:
     """A config that trains for a few seconds."""
     return {
-        "model": {"type": "STDiT3", "hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": (2, 4, 4), "pred_sigma": False},
+        "model": {
+            "type": "STDiT3",
+            "hidden_size": 32,
+            "depth": 1,
+            "num_heads": 2,
+            "patch_size": (2, 4, 4),
+            "pred_sigma": False,
+        },
         "scheduler": {"type": "rflow", "num_sampling_steps": 3},
         "dataset": {"type": "VideoTextDataset", "data_path": str(clips), "num_frames": 4, "image_size": (16, 16)},
         "dtype": "fp32",

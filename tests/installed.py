@@ -1,6 +1,6 @@
-"""Run by the nox session ``install`` where only some packages are installed: commands work, models are there, hints are right.
+"""Run by the nox session ``install`` where only some packages are there: commands work, models build, hints are right.
 
-    python tests/installed.py opensora-core opensora-models
+python tests/installed.py opensora-core opensora-models
 """
 
 import json
@@ -18,7 +18,9 @@ dataset = dict(type="VideoTextDataset", data_path="clips.csv")
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """Run one of the commands as a user would."""
-    return subprocess.run([Path(sys.executable).with_name(command[0]), *command[1:]], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [Path(sys.executable).with_name(command[0]), *command[1:]], capture_output=True, text=True, check=False
+    )
 
 
 def main() -> None:
@@ -28,7 +30,12 @@ def main() -> None:
     assert plugins.returncode == 0, plugins.stderr
     listed = {plugin["distribution"] for plugin in json.loads(plugins.stdout)}
     assert listed == expected, f"{listed} are installed, not {expected}"
-    for command in (["opensora", "--help"], ["opensora-run", "--help"], ["opensora", "doctor"], ["opensora", "configs"]):
+    for command in (
+        ["opensora", "--help"],
+        ["opensora-run", "--help"],
+        ["opensora", "doctor"],
+        ["opensora", "configs"],
+    ):
         done = run(*command)
         assert done.returncode == 0, f"{command}: {done.stderr}"
     verified = run("opensora", "verify", "models", "STDiT3", "hidden_size=48", "depth=1", "num_heads=4")

@@ -21,7 +21,11 @@ Case = Callable[[Values, Path], None]
 
 @pytest.fixture
 def refused(
-    clips: Path, write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    clips: Path,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., str]:
     """Runs a config in this process, checks that it was refused in good order, and returns the message."""
 

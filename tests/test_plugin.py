@@ -94,14 +94,14 @@ def test_plugin_trains_and_samples(run: Run, clips: Path, tmp_path: Path) -> Non
     assert (tmp_path / "samples" / "sample_0000.mp4").stat().st_size > 0
 
 
-def test_plugin_that_fails_to_import_breaks_only_itself(
-    run: Run, fresh: Path, clips: Path, tmp_path: Path
-) -> None:
+def test_plugin_that_fails_to_import_breaks_only_itself(run: Run, fresh: Path, clips: Path, tmp_path: Path) -> None:
     folder = fresh.parent / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     info = folder / "broken_model-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-model\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[opensora.models]\nBroken = broken_model:Broken\nTiny/2 = broken_model:Other\n")
+    (info / "entry_points.txt").write_text(
+        "[opensora.models]\nBroken = broken_model:Broken\nTiny/2 = broken_model:Other\n"
+    )
     (folder / "broken_model.py").write_text("import a_package_that_is_missing\n")
     try:
         assert run("opensora", "plugins").returncode == 0

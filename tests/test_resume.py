@@ -22,7 +22,12 @@ def train(command: Command, config: Path, folder: Path, *flags: object) -> None:
 def kill_after(seconds: float, arguments: list[str], cwd: Path, number: int = signal.SIGKILL) -> int:
     """Start a command, signal it (and what it started) after a while, and return its exit code."""
     process = subprocess.Popen(
-        arguments, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        arguments,
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         process.wait(seconds)
@@ -45,7 +50,12 @@ def kill_and_resume(config: Path, folder: Path, kills: int, cwd: Path, *flags: o
         hits += kill_after(generator.uniform(2.5, longest), arguments, cwd) == -signal.SIGKILL
     load = ["--load", folder] if list((folder / "checkpoints").glob("step-*")) else ["--run-folder", folder]
     done = subprocess.run(
-        command_line("opensora-run", config, *load, *flags), cwd=cwd, env=environment(), capture_output=True, text=True, check=False
+        command_line("opensora-run", config, *load, *flags),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return hits
@@ -57,7 +67,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert torch.equal(tensor, weights(other)[key]), key
 
 
-def test_killed_run_resumes_bit_for_bit(command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_killed_run_resumes_bit_for_bit(
+    command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
     config = write(tiny_training(clips, max_steps=120, ckpt_every=1))
     train(command, config, tmp_path / "whole")
     assert kill_and_resume(config, tmp_path / "killed", 3, tmp_path, longest=6.0)
@@ -110,7 +122,9 @@ def test_two_processes_resume_as_one(command: Command, clips: Path, write: Calla
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "mixed"), rtol=1e-5, atol=0)
 
 
-def test_resuming_what_is_no_checkpoint_says_so(command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_resuming_what_is_no_checkpoint_says_so(
+    command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
     config = write(tiny_training(clips))
     done = command("opensora-run", config, "--load", tmp_path / "nowhere")
     assert done.returncode == 2

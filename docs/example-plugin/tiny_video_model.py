@@ -5,8 +5,9 @@ import logging
 import torch
 from attrs import field, frozen
 from attrs.validators import gt
-from opensora.core import Conditioning, hook
 from torch import Tensor, nn
+
+from opensora.core import Conditioning, hook
 
 log = logging.getLogger("opensora.plugins.tiny_video_model")
 

@@ -91,9 +91,11 @@ class Single:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss``."""
-        self._scaler.scale(loss).backward()
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # of torch
 
-    def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, grad_clip: float) -> float:
+    def update(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, grad_clip: float
+    ) -> float:
         """Clip, step and clear the gradients; a step whose gradients are not finite is left out.
 
         Args:

@@ -16,7 +16,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """torch's scaled dot product attention, which chooses among its own kernels (flash and memory-efficient among them)."""
+    """Torch's scaled dot product attention, which chooses among its own kernels (flash and memory-efficient among them)."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 

@@ -29,7 +29,15 @@ from torch import Tensor
 
 from opensora.core.errors import CheckpointError
 
-__all__ = ["Checkpoint", "find_checkpoint", "list_checkpoints", "prune_checkpoints", "read_checkpoint", "save_checkpoint", "sweep"]
+__all__ = [
+    "Checkpoint",
+    "find_checkpoint",
+    "list_checkpoints",
+    "prune_checkpoints",
+    "read_checkpoint",
+    "save_checkpoint",
+    "sweep",
+]
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d+)")
@@ -62,7 +70,9 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         _discard(temporary)
         temporary.mkdir()
         for stem, tensors in checkpoint.tensors.items():
-            save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, _file(temporary, stem))
+            save_file(
+                {key: value.detach().contiguous().cpu() for key, value in tensors.items()}, _file(temporary, stem)
+            )
         torch.save(dict(checkpoint.optimizer), temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(dict(checkpoint.state), indent=1), encoding="utf-8")
         _seal(temporary)
@@ -91,7 +101,9 @@ def find_checkpoint(path: Path) -> Path:
             log.warning("%s is left out: %s", candidate, problem)
         else:
             return candidate
-    raise CheckpointError(f"{path} is no checkpoint, and has no whole one under checkpoints/. Give a run folder or a step-* folder.")
+    raise CheckpointError(
+        f"{path} is no checkpoint, and has no whole one under checkpoints/. Give a run folder or a step-* folder."
+    )
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -110,7 +122,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     if damage := list(_damage(path, quick=False)):
-        raise CheckpointError(f"{path} is damaged: {'; '.join(damage)}. Use an earlier checkpoint: --load {path.parent}/step-...")
+        raise CheckpointError(
+            f"{path} is damaged: {'; '.join(damage)}. Use an earlier checkpoint: --load {path.parent}/step-..."
+        )
     return Checkpoint(
         tensors={file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))},
         optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),

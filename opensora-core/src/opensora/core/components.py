@@ -69,7 +69,7 @@ class Component:
 
 
 @cache
-def _entry_points() -> metadata.EntryPoints:
+def _entry_points() -> Any:  # EntryPoints; typeshed gives its old name up to Python 3.11
     return metadata.entry_points()
 
 
@@ -100,7 +100,7 @@ def find(kind: str, name: str) -> Component:
         ComponentError: No such name (the message has the nearest, or the ``pip install`` line), or two claim it.
     """
     components = available(kind)
-    matches = [one for one in components if one.name == name or f"{one.distribution}:{one.name}" == name]
+    matches = [one for one in components if name in (one.name, f"{one.distribution}:{one.name}")]
     if len(matches) == 1:
         return matches[0]
     if matches:

@@ -7,17 +7,18 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from attrs import frozen
 from torch import nn
 
-from opensora.core.accelerator import DtypeName, Single
+from opensora.core.accelerator import Single
 from opensora.core.components import build, construct, load, structure_spec
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import ConfigError, MachineError
 from opensora.core.hooking import Hooks
+from opensora.core.pipelines.composition_spec import CompositionSpec
 from opensora.core.protocols import Denoiser, Scheduler, Size, TextEncoder, VideoAutoencoder
 from opensora.core.weights import load_weights
 
@@ -34,18 +35,6 @@ KIND_OF_KEY = {
     "accelerator": "accelerators",
 }
 """Config keys that hold a component, and its kind."""
-
-
-class Composed(Protocol):
-    """The part of a pipeline's spec that names components."""
-
-    model: ComponentConfig
-    vae: ComponentConfig
-    text_encoder: ComponentConfig
-    scheduler: ComponentConfig
-    accelerator: ComponentConfig | None
-    device: str | None
-    dtype: DtypeName
 
 
 @frozen(kw_only=True)
@@ -79,7 +68,7 @@ def check_components(spec: Any, locations: Mapping[Any, str]) -> None:
         structure_spec("hooks", config, locations=locations, path=("hooks", str(index)))
 
 
-def build_accelerator(spec: Composed) -> Single:
+def build_accelerator(spec: CompositionSpec) -> Single:
     """The configured accelerator; by default ``ddp`` under torchrun, else ``single``."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = spec.accelerator or ComponentConfig(type="ddp" if world_size > 1 else "single", options={})
@@ -93,7 +82,7 @@ def build_accelerator(spec: Composed) -> Single:
 
 
 def build_parts(
-    spec: Composed, *, size_of: Callable[[], Size | None], meta: bool = False, load_pretrained: bool = True
+    spec: CompositionSpec, *, size_of: Callable[[], Size | None], meta: bool = False, load_pretrained: bool = True
 ) -> Parts:
     """Build text encoder, VAE, scheduler and denoiser.
 
@@ -137,7 +126,9 @@ def split_model_options(config: ComponentConfig) -> tuple[ComponentConfig, dict[
     options = dict(config.options)
     weights = {"from_pretrained": options.pop("from_pretrained", None), "partial": options.pop("partial", False)}
     if not isinstance(weights["from_pretrained"], str | None):
-        raise ConfigError(f"model.from_pretrained is {weights['from_pretrained']!r}; it must be a path or hub id, or None.")
+        raise ConfigError(
+            f"model.from_pretrained is {weights['from_pretrained']!r}; it must be a path or hub id, or None."
+        )
     if not isinstance(weights["partial"], bool):
         raise ConfigError(f"model.partial is {weights['partial']!r}; it must be True or False.")
     return ComponentConfig(type=config.type, options=options), weights

@@ -43,5 +43,7 @@ def build_hooks(
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         owners = ", ".join(find("hooks", name).distribution for name in configs if name in str(error))
-        raise ComponentError(f"{error} (from {owners or 'a hook'}). Hooks and their arguments: docs/plugins.md.") from error
+        raise ComponentError(
+            f"{error} (from {owners or 'a hook'}). Hooks and their arguments: docs/plugins.md."
+        ) from error
     return manager.hook

@@ -56,11 +56,13 @@ class HookSpecs:
 
     @hookspec
     def log(self, run: TrainRun, record: Mapping[str, float]) -> None:
-        """Every ``log_every`` steps: step, loss, avg_loss (mean since the last), lr, grad_norm, epoch, samples, steps_per_second."""
+        """Every ``log_every`` steps: step, loss, avg_loss (mean since the last), lr, grad_norm, epoch, samples, left_out,
+        steps_per_second.
+        """
 
     @hookspec
     def save_tensors(self, run: TrainRun) -> Mapping[str, Mapping[str, Tensor]] | None:
-        """A checkpoint is being written: return further tensor files for it, {file stem: {key: tensor}}. Called in all processes."""
+        """A checkpoint is being written: return further tensor files for it, {file stem: {key: tensor}}."""
 
     @hookspec
     def restore_tensors(self, run: TrainRun, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -52,7 +52,7 @@ class SampleOrder:
 
 @frozen(kw_only=True)
 class Slicing:
-    """How a step's samples are dealt out: ``accumulation`` micro-batches of ``batch_size`` to each of ``world_size`` processes."""
+    """How a step's samples are dealt out: ``accumulation`` micro-batches of ``batch_size`` to each process."""
 
     batch_size: int
     accumulation: int = 1
@@ -147,7 +147,7 @@ def iter_batches(
     """This process's micro-batches from ``position`` on, for ever, read ahead by ``num_workers`` worker processes."""
     loader = torch.utils.data.DataLoader(
         _Reading(dataset),
-        batch_sampler=slicing.iter_micro_batches(order, position),  # type: ignore[arg-type]  # any iterable of lists serves
+        batch_sampler=slicing.iter_micro_batches(order, position),
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
@@ -177,7 +177,13 @@ class UnreadableFiles:
                 continue
             self._rows.add(key.index)
             append_jsonl(self.listing, {"row": key.index, "epoch": key.epoch, "reason": reason})
-            log.warning("%s Skipped; %d of %d rows so far, listed in %s", reason, len(self._rows), self.num_samples, self.listing)
+            log.warning(
+                "%s Skipped; %d of %d rows so far, listed in %s",
+                reason,
+                len(self._rows),
+                self.num_samples,
+                self.listing,
+            )
         allowed = math.ceil(self.limit * self.num_samples)
         if len(self._rows) > allowed:
             raise DataError(

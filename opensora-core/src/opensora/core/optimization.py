@@ -38,6 +38,8 @@ def build_adamw(
         ConfigError: No parameter wants gradients.
     """
     if not parameters:
-        raise ConfigError("The model has no parameter to train: all are frozen. Check only_train_temporal and the like.")
+        raise ConfigError(
+            "The model has no parameter to train: all are frozen. Check only_train_temporal and the like."
+        )
     fused = {parameter.device.type for parameter in parameters} <= {"cuda", "cpu"}
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)

@@ -92,7 +92,9 @@ def plan_requests(
     paths = [request.path for request in requests]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise DataError(f"Two prompts would both be written to {twice}. Leave out prompt_as_path; repeats are num_sample.")
+        raise DataError(
+            f"Two prompts would both be written to {twice}. Leave out prompt_as_path; repeats are num_sample."
+        )
     return requests
 
 

@@ -15,14 +15,24 @@ from torch import Tensor
 from opensora.core.conditioning import Conditioning
 from opensora.core.randomness import Draws, SampleKey
 
-__all__ = ["Clip", "Dataset", "Denoiser", "SampleState", "Scheduler", "Size", "TextEncoder", "VideoAutoencoder", "batch_conditioning"]
+__all__ = [
+    "Clip",
+    "Dataset",
+    "Denoiser",
+    "SampleState",
+    "Scheduler",
+    "Size",
+    "TextEncoder",
+    "VideoAutoencoder",
+    "batch_conditioning",
+]
 
 Size = tuple[int, int, int]
 """Frames, height, width."""
 
 
 class Denoiser(Protocol):
-    """The trained network: an ``nn.Module`` built as ``Class(spec, *, latent_channels, latent_size, text_width, text_length)``.
+    """The trained network: an ``nn.Module``, built as ``Class(spec, *, latent_channels, ...)``.
 
     A constructor takes those of the keywords that it needs: ``latent_channels`` of the autoencoder, ``latent_size`` (T, H, W)
     of a video of the configured size, ``text_width`` (D; None for class labels) and ``text_length`` (L) of the text encoder.
@@ -102,7 +112,13 @@ class Scheduler(Protocol):
     num_timesteps: int
 
     def loss(
-        self, denoiser: Denoiser, latents: Tensor, conditioning: Conditioning, *, draws: Draws, timestep: Tensor | None = None
+        self,
+        denoiser: Denoiser,
+        latents: Tensor,
+        conditioning: Conditioning,
+        *,
+        draws: Draws,
+        timestep: Tensor | None = None,
     ) -> Tensor:
         """Loss of each sample, [B].
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from attrs import field, frozen
+from attrs import frozen
 from torch import Tensor
 
 __all__ = ["Draws", "SampleDraws", "SampleKey", "generator_for"]
@@ -59,7 +59,7 @@ class Draws(Protocol):
 class SampleDraws:
     """`Draws` for a batch: row b comes from the generator of ``keys[b]`` alone."""
 
-    keys: Sequence[SampleKey] = field(converter=tuple)
+    keys: Sequence[SampleKey]
     device: torch.device | str = "cpu"
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:

@@ -56,7 +56,9 @@ def make_folder(folder: Path) -> Path:
 
 
 def _unwritable(folder: Path, error: OSError) -> MachineError:
-    return MachineError(f"Can't write to {folder}: {error.strerror}. Choose another folder with --outputs or --save-dir.")
+    return MachineError(
+        f"Can't write to {folder}: {error.strerror}. Choose another folder with --outputs or --save-dir."
+    )
 
 
 @contextmanager

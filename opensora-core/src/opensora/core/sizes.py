@@ -14,7 +14,9 @@ __all__ = ["ASPECT_RATIOS", "RESOLUTIONS", "image_size", "nearest_aspect_key", "
 
 @cache
 def _tables() -> dict[str, Any]:
-    tables: dict[str, Any] = json.loads(resources.files("opensora.core").joinpath("sizes.json").read_text(encoding="utf-8"))
+    tables: dict[str, Any] = json.loads(
+        resources.files("opensora.core").joinpath("sizes.json").read_text(encoding="utf-8")
+    )
     return tables
 
 

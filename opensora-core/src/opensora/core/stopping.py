@@ -15,7 +15,7 @@ from opensora.core.errors import OpenSoraError
 __all__ = ["Interrupted", "StopRequest", "stopping_on_signals"]
 
 
-class Interrupted(OpenSoraError):
+class Interrupted(OpenSoraError):  # noqa: N818  # no error: the user asked for it
     """A signal ended the run in good order. Exit code 128 + signal, as shells expect."""
 
     def __init__(self, message: str, *, signal_number: int) -> None:

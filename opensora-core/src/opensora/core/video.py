@@ -205,7 +205,7 @@ class VideoFile:
             self._fail(f"is an image ({name.removesuffix('_pipe')}), not a video.")
         if not self._container.streams.video:
             found = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
-            self._fail(f"has no video frames (format {name}, holds {found}).")
+            self._fail(f"has no video frames (format {name}, holds {found}): not a video, or cut short.")
         stream = self._container.streams.video[0]
         if stream.codec_context is None:
             self._fail("has a video track that nothing here can decode: damaged, or of an unknown codec.")
@@ -387,24 +387,25 @@ def write_video(
     """
     pixels = _even(_as_frames(frames))
     height, width = pixels.shape[1:3]
-    with _replacing(Path(path)) as temporary:
-        with av.open(
-            f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}
-        ) as container:
-            container.metadata.update(metadata or {})
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
-            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            codec = stream.codec_context
-            codec.thread_count = 1 if height * width < 256 * 256 else 4  # by size alone: it changes x264's output
-            codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
-            codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-            for picture in pixels:
-                rgb = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                yuv = rgb.reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
-                )
-                container.mux(stream.encode(yuv))
-            container.mux(stream.encode())
+    with _replacing(Path(path)) as temporary, av.open(
+        f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}
+    ) as container:
+        container.metadata.update(metadata or {})
+        stream = container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)}
+        )
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        codec = stream.codec_context
+        codec.thread_count = 1 if height * width < 256 * 256 else 4  # by size alone: it changes x264's output
+        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for picture in pixels:
+            rgb = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            yuv = rgb.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
+            )
+            container.mux(stream.encode(yuv))
+        container.mux(stream.encode())
 
 
 def write_image(

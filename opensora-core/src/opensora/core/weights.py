@@ -25,7 +25,11 @@ __all__ = ["LoadReport", "load_weights", "locate_weights", "read_weights", "unwr
 log = logging.getLogger(__name__)
 _SAFETENSORS = (".safetensors",)
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-_INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEXES = (
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 _SINGLES = (
     "ema.safetensors",
     "model.safetensors",
@@ -58,7 +62,11 @@ class LoadReport:
     def __str__(self) -> str:
         """One line a kind, keys shortened to eight."""
         lines = [f"{self.source}: {self.loaded} tensors loaded, {len(self.adapted)} of them adapted"]
-        for title, keys in (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.misshapen)):
+        for title, keys in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("of another shape", self.misshapen),
+        ):
             if keys:
                 rest = f", and {len(keys) - 8} more" if len(keys) > 8 else ""
                 lines.append(f"  {len(keys)} {title}: {', '.join(keys[:8])}{rest}")
@@ -83,7 +91,9 @@ def load_weights(module: nn.Module, source: str | Path, *, partial: bool = False
     report = LoadReport(
         source=str(source),
         loaded=sum(key in own and own[key].shape == tensor.shape for key, tensor in state.items()),
-        adapted=[key for key in state if key in own and (key not in published or published[key].shape != state[key].shape)],
+        adapted=[
+            key for key in state if key in own and (key not in published or published[key].shape != state[key].shape)
+        ],
         missing=[key for key in own if key not in state],
         unexpected=[key for key in state if key not in own],
         misshapen=[
@@ -94,7 +104,9 @@ def load_weights(module: nn.Module, source: str | Path, *, partial: bool = False
     )
     if report.misshapen or not (partial or report.is_complete):
         hint = "" if report.misshapen else " If that is meant, set model.partial=True."
-        raise WeightsError(f"These weights don't fit {type(module).__name__}:\n{report}\nIs it another model's file?{hint}")
+        raise WeightsError(
+            f"These weights don't fit {type(module).__name__}:\n{report}\nIs it another model's file?{hint}"
+        )
     module.load_state_dict(state, strict=False)
     log.info("Weights: %s", report)
     return report
@@ -111,7 +123,9 @@ def locate_weights(source: str | Path) -> Path:
         return path
     text = str(source)
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or Path(text).suffix in (*_SAFETENSORS, *_PICKLES):
-        raise WeightsError(f"There is no file or folder {text}. Give a path, a run folder, or a hub id such as org/name.")
+        raise WeightsError(
+            f"There is no file or folder {text}. Give a path, a run folder, or a hub id such as org/name."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -156,7 +170,9 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     try:
         return _read_folder(find_checkpoint(folder))
     except CheckpointError as error:
-        raise WeightsError(f"{folder} holds no weights: looked for {', '.join((*_INDEXES, *_SINGLES))} and checkpoints/.") from error
+        raise WeightsError(
+            f"{folder} holds no weights: looked for {', '.join((*_INDEXES, *_SINGLES))} and checkpoints/."
+        ) from error
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -175,9 +191,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} holds more than tensors, and loading it could run code ({str(error).splitlines()[0]}). If you trust it, "
-            "convert it once: python -c \"import sys, torch; from safetensors.torch import save_file; "
+            'convert it once: python -c "import sys, torch; from safetensors.torch import save_file; '
             "state = torch.load(sys.argv[1], weights_only=False, map_location='cpu'); "
-            "save_file({k: v.contiguous() for k, v in state.items()}, sys.argv[2])\" FILE NEW.safetensors"
+            'save_file({k: v.contiguous() for k, v in state.items()}, sys.argv[2])" FILE NEW.safetensors'
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise WeightsError(f"{path} can't be read ({str(error).splitlines()[0]}). Is the file cut short?") from error
@@ -187,7 +203,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def unwrap(state: Mapping[str, object]) -> dict[str, Tensor]:
-    """The tensors inside the usual wrappings: an ``ema``, ``state_dict`` or ``model`` entry, keys that start with ``module.``
+    """The tensors inside the usual wrappings: an ``ema``, ``state_dict`` or ``model`` entry, ``module.`` before each key.
 
     Raises:
         WeightsError: What is left are no tensors.

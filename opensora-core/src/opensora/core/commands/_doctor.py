@@ -60,7 +60,7 @@ def report(findings: dict[str, Any]) -> str:
 
 
 def _torch() -> tuple[str | None, str | None, list[dict[str, Any]]]:
-    """torch's version, what is wrong with it, and the devices that it has."""
+    """The version of torch, what is wrong with it, and the devices that it has."""
     try:
         import torch
     except Exception as error:  # a broken installation can fail in any way, and saying so is our job

@@ -60,5 +60,5 @@ def check_port(port: int) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise MachineError(
-                f"Port {port} can't be used: {reason}. Choose another with --port, or leave --port out to get a free one."
+                f"Port {port} can't be used: {reason}. Choose another, or leave --port out to get a free one."
             ) from error

@@ -50,8 +50,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _command(commands: Any, name: str, function: Any, help: str, *, as_json: bool = True) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+def _command(commands: Any, name: str, function: Any, summary: str, *, as_json: bool = True) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     if as_json:
         parser.add_argument("--json", action="store_true", help="for programs")

@@ -114,9 +114,7 @@ def _parser(defaults: Mapping[str, str]) -> Parser:
     parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of an installed one")
     parser.add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes to run on this machine [1]")
     parser.add_argument("--port", type=int, metavar="N", help="port on which they meet [a free one]")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check all, print sizes and costs, load and write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check it, and print sizes and costs; writes nothing")
     parser.add_argument("--trust-config", action="store_true", help="execute the config as Python")
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     add_flags(parser, defaults)

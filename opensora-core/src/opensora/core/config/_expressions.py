@@ -79,9 +79,9 @@ class Expressions:
         except ConfigError:
             raise
         except TooMuchError as error:
-            raise self.error(node, f"{_source(node)} {error}. Write it out, or add --trust-config.") from None
+            raise self.error(node, f"{source_text(node)} {error}. Write it out, or add --trust-config.") from None
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise self.error(node, f"{_source(node)} fails: {type(error).__name__}: {error}") from error
+            raise self.error(node, f"{source_text(node)} fails: {type(error).__name__}: {error}") from error
 
     def bind(self, target: ast.expr, value: Any, names: MutableMapping[str, Any]) -> None:
         """Assign ``value`` to a name, or to several as in ``height, width = 256, 256``."""
@@ -90,11 +90,11 @@ class Expressions:
                 names[name] = value
             case ast.Tuple(elts=targets) | ast.List(elts=targets):
                 if not isinstance(value, list | tuple | str | range) or len(value) != len(targets):
-                    raise self.error(target, f"can't take {_source(target)} from {value!r:.80}")
+                    raise self.error(target, f"can't take {source_text(target)} from {value!r:.80}")
                 for part, item in zip(targets, value, strict=True):
                     self.bind(part, item, names)
             case _:
-                self.refuse(target, f"assigning to {_source(target)}")
+                self.refuse(target, f"assigning to {source_text(target)}")
 
     def error(self, node: ast.AST, message: str) -> ConfigError:
         """An error at the node's line."""
@@ -111,7 +111,7 @@ class Expressions:
     def _location(self, node: ast.AST) -> str:
         return f"{self._file}:{getattr(node, 'lineno', 1)}"
 
-    def _compute(self, node: ast.expr) -> Any:
+    def _compute(self, node: ast.expr) -> Any:  # noqa: C901, PLR0912  # one case for each kind of expression
         match node:
             case ast.Constant(value=value):
                 return value
@@ -148,13 +148,13 @@ class Expressions:
         match node:
             case ast.Call(func=function):
                 hint = did_you_mean(function.id, FUNCTIONS) if isinstance(function, ast.Name) else ""
-                self.refuse(node, f"calling {_source(function)}()", hint)
+                self.refuse(node, f"calling {source_text(function)}()", hint)
             case ast.Attribute(attr=name):
                 self.refuse(node, f"the attribute .{name}")
             case ast.Set() | ast.SetComp():
-                raise self.error(node, f"{_source(node)} is a set. Write a list, [...], or a tuple, (...).")
+                raise self.error(node, f"{source_text(node)} is a set. Write a list, [...], or a tuple, (...).")
             case _:
-                self.refuse(node, f"{_source(node)}")
+                self.refuse(node, f"{source_text(node)}")
 
     def _name(self, node: ast.expr, name: str) -> Any:
         try:
@@ -205,7 +205,7 @@ class Expressions:
     def _spread(self, node: ast.expr, items: dict[Any, Any], lines: dict[object, str]) -> None:
         spread = self.value(node)
         if not isinstance(spread, dict):
-            raise self.error(node, f"** needs a dict; {_source(node)} is {spread!r:.80}")
+            raise self.error(node, f"** needs a dict; {source_text(node)} is {spread!r:.80}")
         known = self.origins.of(spread)
         items.update(spread)
         lines |= {key: known.get(key, self._location(node)) for key in spread}
@@ -255,7 +255,7 @@ class Expressions:
 
     def _binary(self, node: ast.expr, op: type[ast.operator], left: Any, right: Any) -> Any:
         if op not in _BINARY or (op is ast.Mod and isinstance(left, str)):
-            self.refuse(node, _source(node))
+            self.refuse(node, source_text(node))
         if op is ast.Pow:
             check_int_power(left, right)
         elif op is ast.LShift:
@@ -316,7 +316,7 @@ class Expressions:
     def _iterable(self, node: ast.expr) -> list[Any] | tuple[Any, ...] | dict[Any, Any] | range | str:
         value = self.value(node)
         if not isinstance(value, list | tuple | dict | range | str):
-            raise self.error(node, f"{_source(node)} is {value!r:.80}, which holds no items")
+            raise self.error(node, f"{source_text(node)} is {value!r:.80}, which holds no items")
         self._budget.spend(self._budget.weigh(value))
         return value
 
@@ -343,6 +343,6 @@ class Expressions:
                 yield from self._nested(others)
 
 
-def _source(node: ast.AST) -> str:
+def source_text(node: ast.AST) -> str:
     text = " ".join(ast.unparse(node).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

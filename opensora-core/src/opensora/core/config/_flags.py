@@ -33,12 +33,12 @@ class Flag:
         return self.keys or (self.name[2:].replace("-", "_"),)
 
 
-def _sampling(name: str, kind: Kind, help: str, *keys: str, also: str = "", replaces: str = "") -> Flag:
-    return Flag(name, kind, help, keys, tuple(also.split()), tuple(replaces.split()), group="sampling")
+def _sampling(name: str, kind: Kind, text: str, *keys: str, also: str = "", replaces: str = "") -> Flag:
+    return Flag(name, kind, text, keys, tuple(also.split()), tuple(replaces.split()), group="sampling")
 
 
-def _training(name: str, kind: Kind, help: str) -> Flag:
-    return Flag(name, kind, help, group="training")
+def _training(name: str, kind: Kind, text: str) -> Flag:
+    return Flag(name, kind, text, group="training")
 
 
 FLAGS: tuple[Flag, ...] = (

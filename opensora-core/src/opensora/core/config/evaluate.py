@@ -21,7 +21,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from opensora.core.config._expressions import Expressions
+from opensora.core.config._expressions import Expressions, source_text
 from opensora.core.config._limits import MAX_FILE_BYTES
 from opensora.core.config._merge import merge, own_copy
 from opensora.core.config._origins import KeyPath, shown_path, written_paths
@@ -173,10 +173,10 @@ def _interpret(tree: ast.Module, file: str, base: Config) -> Config:
             case ast.AnnAssign(target=annotated, value=ast.expr() as value_node):
                 targets, value = [annotated], expressions.value(value_node)
             case _:
-                expressions.refuse(statement, _describe(statement))
+                expressions.refuse(statement, source_text(statement))
         for target in targets:
             expressions.bind(target, value, names)
-            lines |= {name: f"{file}:{statement.lineno}" for name in _bound_names(target)}
+            lines |= dict.fromkeys(_bound_names(target), f"{file}:{statement.lineno}")
     keys = [name for name in lines if not name.startswith("_")]
     locations = dict(pair for key in keys for pair in expressions.origins.paths(names[key], (key,), lines[key]))
     return Config({key: own_copy(names[key]) for key in keys}, locations)
@@ -211,8 +211,3 @@ def _execute(tree: ast.Module, path: Path, file: str, base: Config) -> Config:
 
 def _bound_names(target: ast.expr) -> Iterator[str]:
     return (node.id for node in ast.walk(target) if isinstance(node, ast.Name))
-
-
-def _describe(statement: ast.stmt) -> str:
-    text = " ".join(ast.unparse(statement).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -47,10 +47,8 @@ def _drop_model_keys(values: dict[str, Any]) -> list[str]:
     if not found:
         return []
     values["model"] = {key: value for key, value in values["model"].items() if key not in found}
-    return [
-        f"model.{', model.'.join(found)} left out (kernels are chosen by themselves, precision by dtype, "
-        "and how a step is spread over devices by accelerator)"
-    ]
+    names = ", ".join(f"model.{key}" for key in found)
+    return [f"{names} left out (kernels are chosen by themselves, precision is dtype, spreading a step is accelerator)"]
 
 
 def _replace_plugin(values: dict[str, Any], place: str) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from opensora.core.hookspecs import hook
 
@@ -46,7 +47,8 @@ class Progress:
             console=Console(file=sys.stderr),
             disable=not sys.stderr.isatty(),
         )
-        self._main = self._steps = None
+        self._main: TaskID | None = None
+        self._steps: TaskID | None = None
 
     @hook
     def train_start(self, run: TrainRun) -> None:

@@ -41,7 +41,9 @@ def describe_training(spec: TrainSpec) -> str:
     if dataset:
         per_step = spec.batch_size * spec.accumulation_steps
         steps = count_steps(spec, len(dataset), per_step)
-        lines.append(f"steps        {steps:,} of {per_step} samples a process ({steps * per_step / len(dataset):.1f} epochs)")
+        lines.append(
+            f"steps        {steps:,} of {per_step} samples a process ({steps * per_step / len(dataset):.1f} epochs)"
+        )
     parts.denoiser.train()
     flops, activations = _measure(parts, spec.batch_size, train=True)
     trained = sum(each.numel() for each in parts.denoiser.parameters() if each.requires_grad)
@@ -53,7 +55,9 @@ def describe_training(spec: TrainSpec) -> str:
         "activations": activations,
     }
     listed = ", ".join(f"{name} {amount / _GIB:.2f}" for name, amount in memory.items())
-    lines.append(f"memory       about {sum(memory.values()) / _GIB:.2f} GiB a process ({listed}), without VAE and text encoder")
+    lines.append(
+        f"memory       about {sum(memory.values()) / _GIB:.2f} GiB a process ({listed}), without VAE and text encoder"
+    )
     lines.append(f"compute      {flops / 1e12:.3f} TFLOP a micro-batch of {spec.batch_size}, forward and backward")
     return "\n".join(lines)
 

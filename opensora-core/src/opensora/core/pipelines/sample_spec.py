@@ -7,35 +7,18 @@ from typing import Literal
 from attrs import field, frozen
 from attrs.validators import ge, gt, optional
 
-from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import ConfigError
-from opensora.core.pipelines.train_spec import hashed_words, identity
+from opensora.core.pipelines.composition_spec import CompositionSpec
 from opensora.core.sizes import image_size, parse_num_frames
 
 __all__ = ["SampleSpec"]
 
 
 @frozen(kw_only=True)
-class SampleSpec:
+class SampleSpec(CompositionSpec):
     """Sample videos or images from prompts or labels."""
 
     pipeline: Literal["sample"] = "sample"
-
-    # ---- components
-    model: ComponentConfig
-    """The denoiser. Besides its own options: from_pretrained (path, run folder or hub id), partial (accept missing keys)."""
-    scheduler: ComponentConfig
-    """The sampler, with its guidance scale and number of steps."""
-    vae: ComponentConfig = field(factory=identity)
-    """The video autoencoder; the default works on pixels."""
-    text_encoder: ComponentConfig = field(factory=hashed_words)
-    """The one that the model was trained with."""
-    accelerator: ComponentConfig | None = None
-    """None: one process, or ddp under torchrun, which deals out the prompts."""
-    hooks: list[ComponentConfig] = field(factory=list)
-    """Further hooks; one of a default's name replaces it."""
-    without_hooks: list[str] = field(factory=list)
-    """Names of hooks to leave out."""
 
     # ---- what
     prompt: str | list[str] | None = None
@@ -71,21 +54,7 @@ class SampleSpec:
     multi_resolution: Literal["STDiT2", "OpenSora", "PixArtMS"] | bool | None = None
     """Accepted from older configs; each model is always told the size, and takes what it knows."""
 
-    # ---- how
-    seed: int = 1024
-    """Of the first video; each further one has the next number. A video depends on its own seed alone."""
-    batch_size: int = field(default=1, validator=gt(0))
-    """Videos at once, in each process. Does not change them."""
-    device: str | None = None
-    """None: the first GPU, or else the CPU."""
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of weights and matrix products. auto: bf16 on GPUs that have it, else fp32."""
-
     # ---- where
-    name: str | None = None
-    """Of the run folder; None: the model's type."""
-    outputs: str = "outputs"
-    """Parent of run folders."""
     save_dir: str | None = None
     """This very folder instead of samples/ of a numbered run folder."""
     sample_name: str | None = None

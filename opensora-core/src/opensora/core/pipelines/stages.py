@@ -57,7 +57,9 @@ class Stages:
         values = self.spec.stages[name]
         path = ("stages", name)
         if not isinstance(values, dict) or not isinstance(values.get("pipeline"), str):
-            raise ConfigError(f"stages.{name} must be a dict with a pipeline.", location=locate(self.config.locations, path))
+            raise ConfigError(
+                f"stages.{name} must be a dict with a pipeline.", location=locate(self.config.locations, path)
+            )
         pipeline = load("pipelines", values["pipeline"])
         filled = fill(values, folder)
         locations = {key[2:]: place for key, place in self.config.locations.items() if key[:2] == path}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -141,7 +142,9 @@ def train(run: TrainRun) -> None:
     logged = LogWindow(run)
     decoy: Batch | None = None
     for batches in run.iter_steps():
-        torch.manual_seed(generator_for(run.spec.seed, run.progress.step, run.accelerator.rank).initial_seed())  # dropout
+        torch.manual_seed(
+            generator_for(run.spec.seed, run.progress.step, run.accelerator.rank).initial_seed()
+        )  # dropout
         losses = []
         for index, batch in enumerate(batches):
             run.unreadable.record(batch)
@@ -209,12 +212,12 @@ def encode(run: TrainRun, batch: Batch) -> tuple[Tensor, Conditioning]:
 def make_update(run: TrainRun, loss: Tensor) -> Update:
     """Step the optimizer and count."""
     factor = learning_rate_factor(
-        run.progress.step, warmup_steps=run.spec.warmup_steps, max_steps=run.max_steps, schedule=run.spec.lr_schedule
+        run.progress.step, warmup_steps=run.spec.warmup_steps or 0, max_steps=run.max_steps, schedule=run.spec.lr_schedule
     )
     for group in run.optimizer.param_groups:
         group["lr"] = run.spec.lr * factor
     grad_norm = run.accelerator.update(run.optimizer, run.parameters, grad_clip=run.spec.grad_clip)
-    is_left_out = grad_norm != grad_norm  # NaN
+    is_left_out = math.isnan(grad_norm)
     run.progress.step += 1
     run.progress.samples += run.slicing.samples_per_step
     run.progress.left_out += is_left_out

@@ -9,49 +9,20 @@ from attrs.validators import and_, ge, gt, le, lt, optional
 
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import ConfigError
+from opensora.core.pipelines.composition_spec import CompositionSpec
 
-__all__ = ["TrainSpec", "hashed_words", "identity"]
-
-
-def hashed_words() -> ComponentConfig:
-    """The embedded text encoder, which needs no download."""
-    return ComponentConfig(type="hashed-words", options={})
-
-
-def identity() -> ComponentConfig:
-    """The autoencoder that works on pixels."""
-    return ComponentConfig(type="identity", options={})
+__all__ = ["TrainSpec"]
 
 
 @frozen(kw_only=True)
-class TrainSpec:
+class TrainSpec(CompositionSpec):
     """Train a denoiser on captioned or labelled clips."""
 
     pipeline: Literal["train"] = "train"
-
-    # ---- components
-    model: ComponentConfig
-    """The denoiser. Besides its own options: from_pretrained (path or hub id), partial (accept missing keys)."""
-    scheduler: ComponentConfig
-    """The training objective."""
     dataset: ComponentConfig
     """The clips."""
-    vae: ComponentConfig = field(factory=identity)
-    """The video autoencoder; the default trains on pixels."""
-    text_encoder: ComponentConfig = field(factory=hashed_words)
-    """The default needs no download and is meant for demos and tests."""
-    accelerator: ComponentConfig | None = None
-    """None: one process, or ddp under torchrun."""
-    hooks: list[ComponentConfig] = field(factory=list)
-    """Further hooks; one of a default's name replaces it."""
-    without_hooks: list[str] = field(factory=list)
-    """Names of hooks to leave out."""
 
     # ---- where
-    name: str | None = None
-    """Of the run folder; None: the model's type."""
-    outputs: str = "outputs"
-    """Parent of run folders."""
     run_folder: str | None = None
     """This very folder instead of a numbered one."""
     load: str | None = None
@@ -59,21 +30,12 @@ class TrainSpec:
     start_from_scratch: bool = False
     """With load: take weights, EMA and optimizer, but start at step 0 in a new run folder."""
 
-    # ---- hardware
-    device: str | None = None
-    """None: the first GPU, or else the CPU."""
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Of matrix products; weights stay fp32. auto: bf16 on GPUs that have it, else fp32."""
     grad_checkpoint: bool = False
     """Compute each block's activations again in backward: less memory, about a third more time."""
     num_workers: int = field(default=4, validator=ge(0))
     """Processes that read clips ahead; 0 reads in the training process."""
 
     # ---- how long, how many at once
-    seed: int = 1024
-    """Of initial weights, order, noise, timesteps and masks."""
-    batch_size: int = field(default=1, validator=gt(0))
-    """Samples a micro-batch and process."""
     accumulation_steps: int = field(default=1, validator=gt(0))
     """Micro-batches an optimizer step."""
     epochs: int = field(default=1000, validator=gt(0))
@@ -86,8 +48,8 @@ class TrainSpec:
     """AdamW's learning rate, after warm-up."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up: stay, or fall to 0 at the last step."""
-    warmup_steps: int = field(default=0, converter=lambda value: value or 0, validator=ge(0))
-    """Steps over which the learning rate rises. None is 0."""
+    warmup_steps: int | None = field(default=None, validator=optional(ge(0)))
+    """Steps over which the learning rate rises."""
     weight_decay: float = field(default=0.0, validator=ge(0))
     """AdamW's."""
     adam_betas: tuple[float, float] = (0.9, 0.999)

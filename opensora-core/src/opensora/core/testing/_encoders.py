@@ -93,12 +93,15 @@ def check_text_encoder(
 def check_text_shapes(encoded: Conditioning, encoder: TextEncoder, batch: int) -> None:
     """Shapes agree with what the encoder announces, and each prompt has a token."""
     if encoder.width is None:
-        assert encoded.labels is not None and encoded.labels.shape == (batch,), "labels must be [B]"
+        assert encoded.labels is not None, "labels are missing"
+        assert encoded.labels.shape == (batch,), "labels must be [B]"
         assert encoded.labels.dtype is torch.int64, f"labels are {encoded.labels.dtype}"
         return
     assert encoded.text_embedding is not None, "text_embedding is missing"
     expected = (batch, encoder.max_length, encoder.width)
-    assert encoded.text_embedding.shape == expected, f"got {list(encoded.text_embedding.shape)}, expected {list(expected)}"
+    assert encoded.text_embedding.shape == expected, (
+        f"got {list(encoded.text_embedding.shape)}, expected {list(expected)}"
+    )
     if encoded.text_mask is not None:
         assert encoded.text_mask.shape == expected[:2], f"mask is {list(encoded.text_mask.shape)}"
         assert encoded.text_mask.dtype is torch.bool, f"mask is {encoded.text_mask.dtype}"

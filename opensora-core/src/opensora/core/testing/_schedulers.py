@@ -99,7 +99,8 @@ def check_loss(
         torch.testing.assert_close(alone, losses[1:2], rtol=1e-5, atol=1e-6)
     with report.checking("loss has a gradient"):
         (gradient,) = torch.autograd.grad(losses.sum(), denoiser.weight)
-        assert gradient.isfinite() and gradient != 0
+        assert gradient.isfinite()
+        assert gradient != 0
     with report.checking("frames that are given don't count in the loss"):
         mask = torch.tensor([[False, True]] * 3)
         before = scheduler.loss(denoiser, latents, conditioning.replace(frame_mask=mask), draws=draws)
@@ -131,7 +132,5 @@ def check_sampling(
         *_, again = scheduler.sample(denoiser, noise.clone(), conditioning, draws=draws)
         assert torch.equal(again.latents, states[-1].latents)
     with report.checking("sampling alone gives the same as in a batch"):
-        *_, alone = scheduler.sample(
-            denoiser, noise[2:].clone(), conditioning[2:], draws=SampleDraws(draws.keys[2:])
-        )
+        *_, alone = scheduler.sample(denoiser, noise[2:].clone(), conditioning[2:], draws=SampleDraws(draws.keys[2:]))
         torch.testing.assert_close(alone.latents, states[-1].latents[2:], rtol=1e-5, atol=1e-5)

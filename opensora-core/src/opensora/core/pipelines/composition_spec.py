@@ -1,0 +1,54 @@
+"""What training and sampling configs share. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from attrs import field, frozen
+from attrs.validators import gt
+
+from opensora.core.config.structure import ComponentConfig
+
+__all__ = ["CompositionSpec"]
+
+
+def _hashed_words() -> ComponentConfig:
+    return ComponentConfig(type="hashed-words")
+
+
+def _identity() -> ComponentConfig:
+    return ComponentConfig(type="identity")
+
+
+@frozen(kw_only=True)
+class CompositionSpec:
+    """Which components are composed, where they run, and where results go."""
+
+    model: ComponentConfig
+    """The denoiser. Besides its own options: from_pretrained (file, run folder or hub id), partial (accept missing keys)."""
+    scheduler: ComponentConfig
+    """The training objective and sampler."""
+    vae: ComponentConfig = field(factory=_identity)
+    """The video autoencoder; the default works on pixels."""
+    text_encoder: ComponentConfig = field(factory=_hashed_words)
+    """The default needs no download and is meant for demos and tests."""
+    accelerator: ComponentConfig | None = None
+    """None: one process, or ddp under torchrun."""
+    hooks: list[ComponentConfig] = field(factory=list)
+    """Further hooks; one of a default's name replaces it."""
+    without_hooks: list[str] = field(factory=list)
+    """Names of hooks to leave out."""
+
+    device: str | None = None
+    """None: the first GPU, or else the CPU."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Of matrix products; weights that are trained stay fp32. auto: bf16 on GPUs that have it, else fp32."""
+    seed: int = 1024
+    """Of all that is random."""
+    batch_size: int = field(default=1, validator=gt(0))
+    """Samples at once, in each process."""
+
+    name: str | None = None
+    """Of the run folder, after its number; None: the model's type."""
+    outputs: str = "outputs"
+    """Parent of run folders."""
