@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, command_line, environment, losses, tiny_training
+from runs import Command, command_line, environment, losses, tiny_training
 
 from opensora.core.commands.opensora_run import main
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import environment, tiny_training
+from runs import environment, tiny_training
 
 from opensora.core.config.write import write_config
 
@@ -49,12 +49,13 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(fresh: Path, tmp_path: Path) -> Run:
-    """Runs ``python -m`` one of the commands in the fresh environment."""
+    """Runs one of the commands in the fresh environment."""
 
     def run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        module = {"opensora": "opensora.core.commands.opensora", "opensora-run": "opensora.core.run"}[command]
+        module = "opensora.core.commands." + command.replace("-", "_")
+        start = f"import sys; from {module} import main; sys.exit(main())"
         return subprocess.run(
-            [fresh / "python", "-m", module, *map(str, arguments)],
+            [fresh / "python", "-c", start, *map(str, arguments)],
             cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, command_line, environment, losses, tiny_training, weights
+from runs import Command, command_line, environment, losses, tiny_training, weights
 
 
 def train(command: Command, config: Path, folder: Path, *flags: object) -> None:

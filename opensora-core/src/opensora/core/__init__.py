@@ -5,11 +5,43 @@ wait for torch.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names for type checkers and editors, which don't run __getattr__
+    from opensora.core.attention import use_kernel as use_kernel
+    from opensora.core.components import Component as Component
+    from opensora.core.components import available as available
+    from opensora.core.components import build as build
+    from opensora.core.components import find as find
+    from opensora.core.components import load as load
+    from opensora.core.components import preset as preset
+    from opensora.core.conditioning import Conditioning as Conditioning
+    from opensora.core.errors import CheckpointError as CheckpointError
+    from opensora.core.errors import ComponentError as ComponentError
+    from opensora.core.errors import ConfigError as ConfigError
+    from opensora.core.errors import DataError as DataError
+    from opensora.core.errors import MachineError as MachineError
+    from opensora.core.errors import NonFiniteLossError as NonFiniteLossError
+    from opensora.core.errors import OpenSoraError as OpenSoraError
+    from opensora.core.errors import ShapeError as ShapeError
+    from opensora.core.errors import UserError as UserError
+    from opensora.core.errors import WeightsError as WeightsError
+    from opensora.core.hookspecs import hook as hook
+    from opensora.core.protocols import Clip as Clip
+    from opensora.core.protocols import Dataset as Dataset
+    from opensora.core.protocols import Denoiser as Denoiser
+    from opensora.core.protocols import SampleState as SampleState
+    from opensora.core.protocols import Scheduler as Scheduler
+    from opensora.core.protocols import TextEncoder as TextEncoder
+    from opensora.core.protocols import VideoAutoencoder as VideoAutoencoder
+    from opensora.core.randomness import Draws as Draws
+    from opensora.core.randomness import SampleDraws as SampleDraws
+    from opensora.core.randomness import SampleKey as SampleKey
 
 _HOMES = {
     "components": ("Component", "available", "build", "find", "load", "preset"),
     "conditioning": ("Conditioning",),
-    "attention": ("attention", "use_kernel"),
+    "attention": ("use_kernel",),  # attention itself is opensora.core.attention.attention: the module has its name
     "errors": (
         "CheckpointError",
         "ComponentError",

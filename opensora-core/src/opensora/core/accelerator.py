@@ -151,8 +151,10 @@ class Single:
     def main_first(self) -> Iterator[bool]:
         """Let the main process run the block alone while the others wait, then let them. Yields whether this is main."""
         if self.is_main:
-            yield True
-            self.barrier()
+            try:
+                yield True
+            finally:
+                self.barrier()
         else:
             self.barrier()
             yield False
@@ -170,7 +172,7 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise MachineError(f'Device "{name}" can\'t be used: {reason}. What there is: opensora doctor') from error
     return device
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +19,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-_kernel: ContextVar[Kernel] = ContextVar("attention_kernel", default=sdpa)
+_kernels: list[Kernel] = [sdpa]  # the last one serves; no ContextVar, since backward recomputes blocks in other threads
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,19 +29,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         query: [B, H, N, D].
         key: [B, H, L, D].
         value: [B, H, L, D].
-        mask: Bool, broadcastable to [B, H, N, L]; True = attend. None: attend to all. Each row needs one True.
+        mask: Bool with four axes, broadcastable to [B, H, N, L]; True = attend. None: attend to all. Each row needs one True.
 
     Returns:
         [B, H, N, D].
     """
-    return _kernel.get()(query, key, value, mask)
+    return _kernels[-1](query, key, value, mask)
 
 
 @contextmanager
 def use_kernel(kernel: Kernel) -> Iterator[None]:
-    """Let ``kernel`` compute all attention inside the block."""
-    token = _kernel.set(kernel)
+    """Let ``kernel`` compute all attention inside the block, in every thread."""
+    _kernels.append(kernel)
     try:
         yield
     finally:
-        _kernel.reset(token)
+        _kernels.pop()

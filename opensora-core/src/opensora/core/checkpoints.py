@@ -61,6 +61,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
     Raises:
         CheckpointError: The disk is full or the folder can't be written; earlier checkpoints are untouched.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = folder / f"step-{step:06d}"
@@ -70,16 +71,15 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> Path:
         _discard(temporary)
         temporary.mkdir()
         for stem, tensors in checkpoint.tensors.items():
-            save_file(
-                {key: value.detach().contiguous().cpu() for key, value in tensors.items()}, _file(temporary, stem)
-            )
-        torch.save(dict(checkpoint.optimizer), temporary / "optimizer.pt")
+            save_file(_apart(tensors), temporary / f"{stem}.safetensors")
+        with (temporary / "optimizer.pt").open("wb") as file:  # torch's own file hides why writing failed
+            torch.save(dict(checkpoint.optimizer), file)
         (temporary / "state.json").write_text(json.dumps(dict(checkpoint.state), indent=1), encoding="utf-8")
         _seal(temporary)
         _discard(final)  # the same step again, after resuming from an earlier one
         temporary.rename(final)
         _sync(folder)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two: torch and safetensors on a full disk
         _discard(temporary)
         raise CheckpointError(
             f"Checkpoint of step {step} can't be written to {folder}: {_reason(error)}. "
@@ -138,11 +138,22 @@ def prune_checkpoints(run_folder: Path, keep: Callable[[int], bool], *, newest: 
         return
     for path in list_checkpoints(run_folder)[:-newest]:
         if not keep(int(path.name.removeprefix("step-"))):
-            _discard(path)
+            try:
+                _discard(path)
+            except OSError as error:
+                log.warning("%s can't be removed: %s", path, _reason(error))
 
 
-def _file(folder: Path, stem: str) -> Path:
-    return folder / f"{stem}.safetensors"
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in memory of its own: tied weights are written as often as they have names."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if address in taken else tensor
+        taken.add(address)
+    return apart
 
 
 def _seal(folder: Path) -> None:
@@ -160,16 +171,17 @@ def _damage(path: Path, *, quick: bool) -> Iterator[str]:
     """What is wrong with a checkpoint; ``quick`` compares sizes, not checksums."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         yield f"{_MANIFEST} can't be read ({_reason(error)})"
         return
-    for name, expected in manifest.items():
+    for name, size, digest in files:
         file = path / name
         if not file.exists():
             yield f"{name} is missing"
-        elif file.stat().st_size != expected["bytes"]:
-            yield f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        elif not quick and _digest(file) != expected["sha256"]:
+        elif file.stat().st_size != size:
+            yield f"{name} has {file.stat().st_size} bytes, not {size}"
+        elif not quick and _digest(file) != digest:
             yield f"{name} has another checksum than when it was saved"
 
 
@@ -195,7 +207,9 @@ def _discard(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error.__context__, OSError):  # torch: "unexpected pos", in place of what the file said
+        error = error.__context__
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def sweep(run_folder: Path) -> None:

@@ -10,9 +10,11 @@ Listing and name errors read metadata only. Nothing here imports torch.
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -75,6 +77,7 @@ def _entry_points() -> Any:  # EntryPoints; typeshed gives its old name up to Py
 
 def refresh() -> None:
     """Forget what was found, so that distributions installed since are seen."""
+    importlib.invalidate_caches()
     _entry_points.cache_clear()
     load.cache_clear()
 
@@ -100,7 +103,7 @@ def find(kind: str, name: str) -> Component:
         ComponentError: No such name (the message has the nearest, or the ``pip install`` line), or two claim it.
     """
     components = available(kind)
-    matches = [one for one in components if name in (one.name, f"{one.distribution}:{one.name}")]
+    matches = [one for one in components if name == one.name or _is_chosen(one, name)]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -120,15 +123,15 @@ def load(kind: str, name: str) -> Any:
     where = f"{component.name} = {component.target} of {component.distribution} {component.version}"
     try:
         loaded = metadata.EntryPoint(component.name, component.target, f"opensora.{kind}").load()
-    except Exception as error:  # whatever a plugin's import does, it must not take others down
+    except (Exception, SystemExit) as error:  # whatever a plugin's import does, it must not take others down
         cause = f"{type(error).__name__}: {error}"
         raise ComponentError(
             f'The {KINDS[kind]} "{name}" can\'t be loaded ({where}): {cause}. Mend or uninstall {component.distribution}.'
         ) from error
-    if kind != "attention" and not (callable(loaded) and attrs.has(getattr(loaded, "Spec", object))):
-        raise ComponentError(
-            f'"{name}" is no {KINDS[kind]} ({where}): it must be a class with an attrs class `Spec`. See docs/plugins.md.'
-        )
+    has_spec = kind == "attention" or attrs.has(getattr(loaded, "Spec", object))
+    if not (callable(loaded) and has_spec):
+        wanted = "a function" if kind == "attention" else "a class with an attrs class `Spec`"
+        raise ComponentError(f'"{name}" is no {KINDS[kind]} ({where}): it must be {wanted}. See docs/plugins.md.')
     return loaded
 
 
@@ -159,10 +162,10 @@ def build(kind: str, config: ComponentConfig | Mapping[str, Any], **keywords: An
 
     if not isinstance(config, ComponentConfig):
         options = dict(config)
-        try:
-            config = ComponentConfig(type=options.pop("type"), options=options)
-        except KeyError:
-            raise ConfigError(f"{config!r} has no type. Write dict(type=..., ...).") from None
+        name = options.pop("type", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"{config!r} has no type that is a component's name. Write dict(type=..., ...).")
+        config = ComponentConfig(type=name, options=options)
     return construct(load(kind, config.type), structure_spec(kind, config), **keywords)
 
 
@@ -191,12 +194,13 @@ def preset(base: type[T], name: str, **defaults: object) -> type[T]:
             converter=known[key].converter,
             metadata=dict(known[key].metadata),
             type=known[key].type,
+            alias=known[key].alias,
             kw_only=True,
         )
         for key, value in defaults.items()
     }
-    spec = attrs.make_class(f"{name}Spec", fields, bases=(base_spec,), frozen=True, kw_only=True)
-    spec.__module__, spec.__doc__ = base.__module__, base_spec.__doc__
+    spec = attrs.make_class(f"{name}Spec", fields, bases=(base_spec,), frozen=True, kw_only=True, slots=True)
+    spec.__module__, spec.__doc__ = base_spec.__module__, base_spec.__doc__  # where the types' names are known
     return type(name, (base,), {"Spec": spec, "__module__": base.__module__, "__doc__": base.__doc__})
 
 
@@ -220,10 +224,21 @@ def _checked(kind: str) -> str:
     return kind
 
 
-def _duplicate_message(kind: str, name: str, matches: Iterable[Component]) -> str:
+def _is_chosen(component: Component, name: str) -> bool:
+    """Whether ``name`` is ``distribution:name``; distributions compare as pip compares them, ``My_Dist`` like ``my-dist``."""
+    distribution, _, rest = name.partition(":")
+    return rest == component.name and _normal(distribution) == _normal(component.distribution)
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _duplicate_message(kind: str, name: str, matches: Sequence[Component]) -> str:
     choices = " or ".join(f'type="{one.distribution}:{one.name}"' for one in matches)
     owners = " and ".join(f"{one.distribution} {one.version}" for one in matches)
-    return f'Two distributions have a {KINDS[kind]} named "{name}": {owners}. Choose with {choices}, or uninstall one.'
+    number = "Two" if len(matches) == 2 else len(matches)
+    return f'{number} distributions have a {KINDS[kind]} named "{name}": {owners}. Choose with {choices}, or uninstall one.'
 
 
 def _unknown_message(kind: str, name: str, components: Iterable[Component]) -> str:

@@ -14,15 +14,24 @@ from attrs import frozen
 from torch import nn
 
 from opensora.core.accelerator import Single
-from opensora.core.components import build, construct, load, structure_spec
-from opensora.core.config.structure import ComponentConfig
+from opensora.core.components import build, construct, find, load, structure_spec
+from opensora.core.config.structure import ComponentConfig, unstructure
 from opensora.core.errors import ConfigError, MachineError
 from opensora.core.hooking import Hooks
 from opensora.core.pipelines.composition_spec import CompositionSpec
 from opensora.core.protocols import Denoiser, Scheduler, Size, TextEncoder, VideoAutoencoder
 from opensora.core.weights import load_weights
 
-__all__ = ["Parts", "build_accelerator", "build_parts", "checkpoint_activations", "check_components", "on_meta", "wrap"]
+__all__ = [
+    "Parts",
+    "build_accelerator",
+    "build_parts",
+    "checkpoint_activations",
+    "check_components",
+    "on_meta",
+    "resolved_values",
+    "wrap",
+]
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +62,7 @@ class Parts:
         return [part for part in (self.vae, self.text_encoder) if isinstance(part, nn.Module)]
 
 
-def check_components(spec: Any, locations: Mapping[Any, str]) -> None:
+def check_components(spec: CompositionSpec, locations: Mapping[Any, str]) -> None:
     """Import every component that a pipeline's spec names, and check its options, before anything heavy happens.
 
     Raises:
@@ -64,8 +73,23 @@ def check_components(spec: Any, locations: Mapping[Any, str]) -> None:
         if config is not None:
             own, _ = split_model_options(config) if key == "model" else (config, {})
             structure_spec(kind, own, locations=locations, path=(key,))
-    for index, config in enumerate(getattr(spec, "hooks", ())):
+    find("attention", spec.attention)
+    for index, config in enumerate(spec.hooks):
         structure_spec("hooks", config, locations=locations, path=("hooks", str(index)))
+
+
+def resolved_values(spec: CompositionSpec) -> dict[str, Any]:
+    """The config that repeats a run whatever becomes of defaults: every option of every component is in it.
+
+    What names this very run (its folder, what it was resumed from) is left out.
+    """
+    values: dict[str, Any] = unstructure(spec)
+    for key, kind in KIND_OF_KEY.items():
+        config = getattr(spec, key, None)
+        if config is not None:
+            own, weights = split_model_options(config) if key == "model" else (config, {})
+            values[key] = {"type": config.type, **weights, **unstructure(structure_spec(kind, own))}
+    return {key: value for key, value in values.items() if key not in ("run_folder", "load", "start_from_scratch")}
 
 
 def build_accelerator(spec: CompositionSpec) -> Single:

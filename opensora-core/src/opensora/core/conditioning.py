@@ -26,7 +26,7 @@ class Conditioning:
     object, so that samplers never look inside.
 
     Raises:
-        ShapeError: The tensors don't agree on B.
+        ShapeError: A tensor has no axis, or they don't agree on B.
     """
 
     text_embedding: Tensor | None = None
@@ -53,6 +53,8 @@ class Conditioning:
     """Further conditions of third-party denoisers, by name, each [B, ...]."""
 
     def __attrs_post_init__(self) -> None:
+        if scalars := [name for name, tensor in self._tensors() if tensor.ndim == 0]:
+            raise ShapeError(f"Conditions need a batch axis; {', '.join(scalars)} has none.")
         sizes = {name: len(tensor) for name, tensor in self._tensors()}
         if len(set(sizes.values())) > 1:
             raise ShapeError(f"Conditions must share their batch size; got {sizes}.")
@@ -68,9 +70,12 @@ class Conditioning:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move to a device. ``dtype`` applies to the text embedding alone: sizes stay float32, where 853 is still 853."""
-        return self._map(
-            lambda name, tensor: tensor.to(device, dtype if name == "text_embedding" else None, non_blocking=True)
-        )
+        overlap = device is not None and torch.device(device).type != "cpu"  # copies to the CPU are used at once
+
+        def move(name: str, tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if name == "text_embedding" else None, non_blocking=overlap)
+
+        return self._map(move)
 
     def replace(self, **changes: object) -> Self:
         """A copy with some fields changed."""
@@ -86,11 +91,16 @@ class Conditioning:
         """Join batches. A mask that only some parts have is filled in with its default for the others.
 
         Raises:
-            ShapeError: A field other than ``dropped``, ``text_mask`` or ``frame_mask`` is given in some parts only.
+            ShapeError: A field other than ``dropped``, ``text_mask`` or ``frame_mask`` is given in some parts only, or
+                with another number of tokens or frames.
         """
         joined: dict[str, Tensor] = {}
         for name in dict.fromkeys(name for part in parts for name, _ in part._tensors()):
-            joined[name] = torch.cat([part._filled(name, parts) for part in parts])
+            filled = [part._filled(name, parts) for part in parts]
+            if len({tensor.shape[1:] for tensor in filled}) > 1:
+                shapes = ", ".join(str(list(tensor.shape)) for tensor in filled)
+                raise ShapeError(f"Can't join conditions: {name} has different shapes: {shapes}.")
+            joined[name] = torch.cat(filled)
         extra = {name.removeprefix("extra."): joined.pop(name) for name in list(joined) if name.startswith("extra.")}
         return cls(**joined, extra=extra)
 

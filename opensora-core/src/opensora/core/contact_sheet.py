@@ -60,8 +60,8 @@ def draw_contact_sheet(
     Args:
         rows: Caption and frames uint8 [T, H, W, 3]; rows may differ in length and size.
         title: A line at the top.
-        frame_size: About how many pixels a frame's shorter side gets. Small frames are enlarged by a whole number without
-            smoothing, so that their pixels stay visible; large ones are reduced.
+        frame_size: About how many pixels a frame's shorter side gets. Small frames are enlarged by a whole number
+            without smoothing, so that their pixels stay visible; large ones are reduced.
         max_frames: Longer videos are shown by this many frames, evenly spaced, first and last included.
 
     Raises:
@@ -166,7 +166,7 @@ def _scaled(picture: Image.Image, frame_size: int) -> Image.Image:
 
 
 def _wrapped(text: str, width: int, max_lines: int) -> list[str]:
-    """Lines of at most ``width`` pixels; a word that is too long is broken, and what doesn't fit ends in an ellipsis."""
+    """Lines of at most ``width`` pixels; long words are broken, and what doesn't fit ends in an ellipsis."""
     measure = _font(_FONT_SIZE).getlength
     lines = [""]
     for word in _plain(text).split():

@@ -28,9 +28,12 @@ def build_hooks(
         without: Names to leave out.
 
     Raises:
-        ConfigError: ``without`` names a hook that isn't there.
-        ComponentError: A hook is unknown or broken, or has a method that is no hook.
+        ConfigError: ``without`` names a hook that isn't there, or ``chosen`` names one twice.
+        ComponentError: A hook is unknown or broken, has no hook method, or one that is no hook of that name or arguments.
     """
+    names = [config.type for config in chosen]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f'hooks: "{twice}" is listed twice. Each hook takes part once.')
     configs = {config.type: config for config in (*defaults, *chosen)}
     for name in without:
         if configs.pop(name, None) is None:
@@ -38,12 +41,23 @@ def build_hooks(
     manager = pluggy.PluginManager("opensora")
     manager.add_hookspecs(HookSpecs)
     for config in reversed(configs.values()):  # pluggy calls the last registered first
-        manager.register(build("hooks", config), config.type)
-    try:
-        manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        owners = ", ".join(find("hooks", name).distribution for name in configs if name in str(error))
-        raise ComponentError(
-            f"{error} (from {owners or 'a hook'}). Hooks and their arguments: docs/plugins.md."
-        ) from error
+        _register(manager, config)
     return manager.hook
+
+
+def _register(manager: pluggy.PluginManager, config: ComponentConfig) -> None:
+    """Build a hook and let it take part, if all its hook methods are known."""
+    plugin = build("hooks", config)
+    try:
+        manager.register(plugin, config.type)
+        manager.check_pending()
+        problem = "" if manager.get_hookcallers(plugin) else "no method is marked with @opensora.core.hook"
+        cause: Exception | None = None
+    except pluggy.PluginValidationError as error:
+        problem, cause = " ".join(str(error).split()), error
+    if problem:
+        owner = find("hooks", config.type)
+        raise ComponentError(
+            f'The hook "{config.type}" of {owner.distribution} {owner.version} ({owner.target}) can\'t take part: {problem}. '
+            f"Hooks and their arguments: docs/plugins.md."
+        ) from cause

@@ -17,14 +17,17 @@ import torch
 from attrs import define, field, frozen
 
 from opensora.core.conditioning import Conditioning
-from opensora.core.errors import DataError, ShapeError
+from opensora.core.errors import DataError, ShapeError, UserError
 from opensora.core.protocols import Clip, Dataset, batch_conditioning
 from opensora.core.randomness import SampleDraws, SampleKey, generator_for
-from opensora.core.run_folder import append_jsonl
+from opensora.core.run_folder import append_jsonl, read_jsonl
 
 __all__ = ["Batch", "SampleOrder", "Slicing", "UnreadableFiles", "iter_batches"]
 
 log = logging.getLogger(__name__)
+
+_Failed = tuple[SampleKey, str]
+"""A sample that could not be read, and the reason."""
 
 
 @define
@@ -84,7 +87,7 @@ class Batch:
     """Sizes and rates, no text yet."""
     keys: Sequence[SampleKey]
     paths: Sequence[str]
-    failed: Sequence[tuple[SampleKey, str]] = ()
+    failed: Sequence[_Failed] = ()
     """Samples that could not be read, with the reason."""
 
     def __len__(self) -> int:
@@ -101,38 +104,38 @@ class Batch:
         return self
 
 
-def collate(items: Sequence[Clip | tuple[SampleKey, str]]) -> Batch:
-    """Stack clips; those that failed stand in ``failed``.
-
-    Raises:
-        ShapeError: Clips of one batch differ in size.
-    """
+def _collate(items: Sequence[Clip | _Failed | UserError]) -> Batch | UserError:
+    """Stack clips; those that failed stand in ``failed``. An error is returned: raised here, it would lose its words."""
+    if error := next((item for item in items if isinstance(item, UserError)), None):
+        return error
     clips = [item for item in items if isinstance(item, Clip)]
     sizes = {clip.size: clip.path for clip in clips}
     if len(sizes) > 1:
         listed = ", ".join(f"{size} of {path}" for size, path in sizes.items())
-        raise ShapeError(f"Clips of one batch must share frames, height and width; got {listed}.")
+        return ShapeError(f"Clips of one batch must share frames, height and width; got {listed}.")
     return Batch(
         video=torch.stack([clip.video for clip in clips]) if clips else torch.empty(0),
         texts=[clip.text for clip in clips],
         conditioning=batch_conditioning(clips) if clips else Conditioning(),
         keys=[clip.key for clip in clips],
         paths=[clip.path for clip in clips],
-        failed=[item for item in items if not isinstance(item, Clip)],
+        failed=[item for item in items if isinstance(item, tuple)],
     )
 
 
 @frozen
 class _Reading(torch.utils.data.Dataset[Any]):
-    """Hands errors of the data over instead of raising them, since a loader worker that raises ends the run."""
+    """Hands errors over instead of raising them: a loader worker that raises ends the run, with its traceback as message."""
 
     dataset: Dataset
 
-    def __getitem__(self, key: SampleKey) -> Clip | tuple[SampleKey, str]:
+    def __getitem__(self, key: SampleKey) -> Clip | _Failed | UserError:
         try:
             return self.dataset[key]
         except DataError as error:
             return key, str(error)
+        except UserError as error:
+            return error
 
 
 def iter_batches(
@@ -144,15 +147,23 @@ def iter_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """This process's micro-batches from ``position`` on, for ever, read ahead by ``num_workers`` worker processes."""
+    """This process's micro-batches from ``position`` on, for ever, read ahead by ``num_workers`` worker processes.
+
+    Raises:
+        ShapeError: Clips of one batch differ in size.
+    """
     loader = torch.utils.data.DataLoader(
         _Reading(dataset),
         batch_sampler=slicing.iter_micro_batches(order, position),
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # the loader seeds its workers from it; the global one is not its to use
     )
-    yield from loader
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 @define
@@ -175,16 +186,13 @@ class UnreadableFiles:
         for key, reason in batch.failed:
             if key.index in self._rows:
                 continue
-            self._rows.add(key.index)
-            append_jsonl(self.listing, {"row": key.index, "epoch": key.epoch, "reason": reason})
-            log.warning(
-                "%s Skipped; %d of %d rows so far, listed in %s",
-                reason,
-                len(self._rows),
-                self.num_samples,
-                self.listing,
-            )
-        allowed = math.ceil(self.limit * self.num_samples)
+            self._rows |= {int(str(record["row"])) for record in read_jsonl(self.listing)}  # of other processes too
+            if key.index not in self._rows:
+                self._rows.add(key.index)
+                append_jsonl(self.listing, {"row": key.index, "epoch": key.epoch, "reason": reason})
+                count = f"{len(self._rows)} of {self.num_samples} rows so far"
+                log.warning("%s Skipped; %s, listed in %s", reason, count, self.listing)
+        allowed = math.ceil(self.limit * self.num_samples - 1e-9)  # 0.07 of 100 is 7, not the float's 7.000000000000001
         if len(self._rows) > allowed:
             raise DataError(
                 f"{len(self._rows)} of {self.num_samples} rows can't be read, more than max_unreadable={self.limit:g} allows "

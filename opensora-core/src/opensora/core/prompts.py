@@ -33,12 +33,12 @@ def read_prompts(path: Path) -> list[str]:
         DataError: The file is missing, no UTF-8 text, or empty.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"Prompt file {path} can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"Prompt file {path} is no UTF-8 text (byte {error.start}).") from error
-    prompts = [line.strip() for line in text.splitlines()]
+    prompts = [line.strip() for line in text.removesuffix("\n").split("\n")]  # splitlines would split at U+2028 too
     if not any(prompts):
         raise DataError(f"Prompt file {path} is empty. Write one prompt a line.")
     return prompts
@@ -99,12 +99,14 @@ def plan_requests(
 
 
 def file_stem(prompt_or_index: str | int, sample_name: str | None) -> str:
-    """``sample_0007``; or the prompt itself, made safe: no separators, no hidden names, at most 150 bytes."""
+    """``sample_0007``; or the prompt itself. Made safe: no separators, no hidden names, at most 150 bytes."""
     if isinstance(prompt_or_index, int):
-        return f"{'sample' if sample_name is None else sample_name}_{prompt_or_index:04d}"
-    safe = re.sub(r'[/\\\x00-\x1f<>:"|?*]+', "_", prompt_or_index).strip(" .") or "empty"
+        name = f"{'sample' if sample_name is None else sample_name}_{prompt_or_index:04d}"
+    else:
+        name = f"{sample_name or ''}{prompt_or_index}"
+    safe = re.sub(r'[/\\\x00-\x1f<>:"|?*]+', "_", name).strip(" .") or "empty"
     encoded = safe.encode()
     if len(encoded) > 150:  # file systems allow 255 bytes, with our endings and a temporary name's
         digest = hashlib.sha256(encoded).hexdigest()[:8]
         safe = f"{encoded[:140].decode(errors='ignore')}-{digest}"
-    return (sample_name or "") + safe
+    return safe

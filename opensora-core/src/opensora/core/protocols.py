@@ -16,6 +16,7 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.randomness import Draws, SampleKey
 
 __all__ = [
+    "IMAGE_FPS",
     "Clip",
     "Dataset",
     "Denoiser",
@@ -29,6 +30,9 @@ __all__ = [
 
 Size = tuple[int, int, int]
 """Frames, height, width."""
+
+IMAGE_FPS = 120.0
+"""The frame rate that denoisers are told for images: one that videos hardly have."""
 
 
 class Denoiser(Protocol):
@@ -167,7 +171,10 @@ class Clip:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Map-style dataset, built as ``Class(spec)``. Lives in loader workers, so it must pickle."""
+    """Map-style dataset, built as ``Class(spec)``. Lives in loader workers, so it must pickle.
+
+    Optional attribute: ``size``, the (T, H, W) of every clip, known without reading one.
+    """
 
     def __len__(self) -> int: ...
 

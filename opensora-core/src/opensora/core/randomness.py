@@ -10,7 +10,8 @@ Draws are made on the CPU and moved, so that a video depends on its seed and not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -64,15 +65,16 @@ class SampleDraws:
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """See `Draws.normal`."""
-        return self._stack([torch.randn(*shape, generator=key.generator(name)) for key in self.keys])
+        return self._stack(partial(torch.randn, tuple(shape), dtype=torch.float32), name)
 
     def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """See `Draws.uniform`."""
-        return self._stack([torch.rand(shape, generator=key.generator(name)) for key in self.keys])
+        return self._stack(partial(torch.rand, tuple(shape), dtype=torch.float32), name)
 
     def integers(self, name: str, high: int, shape: Sequence[int] = ()) -> Tensor:
         """See `Draws.integers`."""
-        return self._stack([torch.randint(high, shape, generator=key.generator(name)) for key in self.keys])
+        return self._stack(partial(torch.randint, high, tuple(shape), dtype=torch.int64), name)
 
-    def _stack(self, rows: list[Tensor]) -> Tensor:
+    def _stack(self, draw: Callable[..., Tensor], name: str) -> Tensor:
+        rows = [draw(generator=key.generator(name), device="cpu") for key in self.keys]
         return torch.stack(rows).to(self.device, non_blocking=True)

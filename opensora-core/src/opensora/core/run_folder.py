@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from opensora.core.errors import MachineError
 
@@ -47,9 +49,7 @@ def make_folder(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise _unwritable(folder, error) from error
     return folder
@@ -68,30 +68,46 @@ def logging_to(path: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.INFO)
     logger = logging.getLogger("opensora")
+    level = logger.level
     logger.addHandler(handler)
+    if level == logging.NOTSET:  # used as a library: the root logger's level would hold INFO back
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
         handler.close()
 
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
-    """Append one line in one write, so that processes may share the file and a kill can't split a line from its end."""
-    with path.open("ab", buffering=0) as file:
-        file.write((json.dumps(record) + "\n").encode())
+    """Append one line in one write, so that processes may share the file. A line that was cut short before it stays alone."""
+    with path.open("ab+", buffering=0) as file:
+        is_cut = file.tell() > 0 and _last_byte(file) != b"\n"
+        file.write((("\n" if is_cut else "") + json.dumps(record) + "\n").encode())
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def read_jsonl(path: Path) -> list[dict[str, object]]:
-    """All whole records; a last line that a kill cut short is left out. A missing file has none."""
+    """All whole records; a line that a kill or a full disk cut short is left out. A missing file has none."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    records = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -39,16 +39,13 @@ def image_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
     Raises:
         ConfigError: An unknown name, or a ratio that this resolution lacks.
     """
-    if resolution not in RESOLUTIONS:
-        raise ConfigError(
-            f'resolution "{resolution}" is not known.{did_you_mean(resolution, RESOLUTIONS)} Known: {", ".join(RESOLUTIONS)}.'
-        )
+    sizes = _sizes(resolution)
     if aspect_ratio not in ASPECT_RATIOS:
         raise ConfigError(
             f'aspect_ratio "{aspect_ratio}" is not known (height:width).{did_you_mean(aspect_ratio, ASPECT_RATIOS)} '
             f"Known: {', '.join(ASPECT_RATIOS)}."
         )
-    sizes, key = RESOLUTIONS[resolution], ASPECT_RATIOS[aspect_ratio]
+    key = ASPECT_RATIOS[aspect_ratio]
     if key in sizes:
         return sizes[key]
     nearest = min(sizes, key=lambda each: abs(float(each) - float(key)))
@@ -61,8 +58,20 @@ def image_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
 
 
 def nearest_aspect_key(resolution: str, height: int, width: int) -> str:
-    """The aspect key of a resolution whose ratio is nearest to height / width; the first on ties."""
-    return min(RESOLUTIONS[resolution], key=lambda key: abs(float(key) - height / width))
+    """The aspect key of a resolution whose ratio is nearest to height / width; the first on ties.
+
+    Raises:
+        ConfigError: An unknown resolution.
+    """
+    return min(_sizes(resolution), key=lambda key: abs(float(key) - height / width))
+
+
+def _sizes(resolution: str) -> dict[str, tuple[int, int]]:
+    if resolution not in RESOLUTIONS:
+        raise ConfigError(
+            f'resolution "{resolution}" is not known.{did_you_mean(resolution, RESOLUTIONS)} Known: {", ".join(RESOLUTIONS)}.'
+        )
+    return RESOLUTIONS[resolution]
 
 
 def parse_num_frames(value: int | str) -> int:
@@ -76,7 +85,7 @@ def parse_num_frames(value: int | str) -> int:
         return names[value]
     try:
         frames = int(value)
-    except ValueError:
+    except (ValueError, TypeError):
         raise ConfigError(f'num_frames "{value}" is neither a number nor one of {", ".join(names)}.') from None
     if frames < 1:
         raise ConfigError(f"num_frames is {frames}; at least 1 is needed.")

@@ -41,7 +41,8 @@ def stopping_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield request
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}  # of a job
 
     def ask(number: int, _: FrameType | None) -> None:
         request.signal_number = number

@@ -189,7 +189,7 @@ class VideoFile:
         return enumerate(self._container.decode(self._stream))
 
     def _decode_from(self, first: int) -> Iterator[tuple[int, VideoFrame]]:
-        """(index, frame) from the last key frame at or before ``first``; nothing where the format can't seek exactly."""
+        """(index, frame) from the last key frame at or before ``first``; nothing where seeking isn't exact."""
         table = self._scan()
         key_frame = table.key_frame_before(first)
         if key_frame is None:
@@ -308,9 +308,9 @@ def _kind_of(path: Path) -> str:
 
 
 def _is_matroska_cut(path: Path) -> bool:
-    """Whether a Matroska file ends before the end that its first element announces; libav reads such a file as a short one.
+    """Whether a Matroska file ends before the end that it announces; libav reads such a file as a short one.
 
-    Source: RFC 8794 (EBML): an element is an id, a size of 1 to 8 bytes (its leading zeros count them), and that many bytes.
+    Source: RFC 8794 (EBML): an element is an id, a size of 1 to 8 bytes (leading zeros count them), and its content.
     """
 
     def size_at(position: int) -> tuple[int, int]:
@@ -387,13 +387,14 @@ def write_video(
     """
     pixels = _even(_as_frames(frames))
     height, width = pixels.shape[1:3]
-    with _replacing(Path(path)) as temporary, av.open(
-        f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}
-    ) as container:
+    with (
+        _replacing(Path(path)) as temporary,
+        av.open(
+            f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}
+        ) as container,
+    ):
         container.metadata.update(metadata or {})
-        stream = container.add_stream(
-            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)}
-        )
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         codec = stream.codec_context
         codec.thread_count = 1 if height * width < 256 * 256 else 4  # by size alone: it changes x264's output

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor, nn
 
-from opensora.core.checkpoints import find_checkpoint
+from opensora.core.checkpoints import find_checkpoint, list_checkpoints
 from opensora.core.errors import CheckpointError, WeightsError
 
 __all__ = ["LoadReport", "load_weights", "locate_weights", "read_weights", "unwrap"]
@@ -81,7 +83,7 @@ def load_weights(module: nn.Module, source: str | Path, *, partial: bool = False
         partial: Accept missing keys (they keep their initial values) and unexpected ones. Shapes must fit all the same.
 
     Raises:
-        WeightsError: The source can't be read, or does not fit; the module is then unchanged.
+        WeightsError: The source can't be read, or does not fit, or has nothing that fits; the module is then unchanged.
     """
     path = locate_weights(source)
     published = unwrap(read_weights(path))
@@ -102,8 +104,8 @@ def load_weights(module: nn.Module, source: str | Path, *, partial: bool = False
             if key in own and own[key].shape != tensor.shape
         ],
     )
-    if report.misshapen or not (partial or report.is_complete):
-        hint = "" if report.misshapen else " If that is meant, set model.partial=True."
+    if report.misshapen or not report.loaded or not (partial or report.is_complete):
+        hint = "" if report.misshapen or not report.loaded else " If that is meant, set model.partial=True."
         raise WeightsError(
             f"These weights don't fit {type(module).__name__}:\n{report}\nIs it another model's file?{hint}"
         )
@@ -132,8 +134,8 @@ def locate_weights(source: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=["*.safetensors", "*.bin", "*.json", "*.pt", "*.pth"]))
     except Exception as error:  # the hub raises its own, requests' and OS errors
         raise WeightsError(
-            f'"{text}" is no local path, and the hub has not given it ({type(error).__name__}). Check the id and the network; '
-            "set HF_TOKEN for a gated model, or download it by other means and give the folder."
+            f'"{text}" is no local path, and the hub has not given it ({type(error).__name__}). '
+            "Check the id and the network; set HF_TOKEN for a gated model, or download it by other means and give the folder."
         ) from error
 
 
@@ -167,16 +169,27 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
             return read_weights(single)
     if (folder / "model").is_dir():  # Open-Sora's training checkpoints
         return _read_folder(folder / "model")
-    try:
-        return _read_folder(find_checkpoint(folder))
-    except CheckpointError as error:
-        raise WeightsError(
-            f"{folder} holds no weights: looked for {', '.join((*_INDEXES, *_SINGLES))} and checkpoints/."
-        ) from error
+    weights = [path for path in folder.iterdir() if path.suffix in (*_SAFETENSORS, *_PICKLES)]
+    if len(weights) == 1:
+        return read_weights(weights[0])
+    if list_checkpoints(folder):
+        try:
+            return _read_folder(find_checkpoint(folder))
+        except CheckpointError as error:
+            raise WeightsError(str(error)) from error
+    found = f"There are {', '.join(sorted(path.name for path in weights))}: name one." if weights else ""
+    raise WeightsError(
+        f"{folder} holds no weights: looked for {', '.join((*_INDEXES, *_SINGLES))} and checkpoints/. {found}".rstrip()
+    )
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{index} is no index of shards ({type(error).__name__}: {error}). Download it again."
+        ) from error
     if absent := [name for name in names if not (index.parent / name).exists()]:
         raise WeightsError(f"{index.parent} lacks {len(absent)} of {len(names)} shards: {', '.join(absent)}.")
     state: dict[str, Tensor] = {}
@@ -187,19 +200,28 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} holds more than tensors, and loading it could run code ({str(error).splitlines()[0]}). If you trust it, "
-            'convert it once: python -c "import sys, torch; from safetensors.torch import save_file; '
-            "state = torch.load(sys.argv[1], weights_only=False, map_location='cpu'); "
-            'save_file({k: v.contiguous() for k, v in state.items()}, sys.argv[2])" FILE NEW.safetensors'
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(f"{path} can't be read ({str(error).splitlines()[0]}). Is the file cut short?") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # it reads those all the same
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise a dozen kinds for damaged files
+        raise WeightsError(_unreadable(path, error)) from error
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{path} holds a {type(loaded).__name__}, not a dict of tensors.")
     return dict(loaded)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if needed := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"{path} holds more than tensors ({needed[1]}), and loading it could run code. "
+            'If you trust it, convert it once: python -c "import sys, torch; from safetensors.torch import save_file; '
+            "from opensora.core.weights import unwrap; "
+            "state = unwrap(torch.load(sys.argv[1], weights_only=False, map_location='cpu')); "
+            'save_file({k: v.clone().contiguous() for k, v in state.items()}, sys.argv[2])" FILE NEW.safetensors'
+        )
+    own_words = "" if isinstance(error, pickle.UnpicklingError) else str(error)  # torch's are a page on its flags
+    reason = f" ({own_words.splitlines()[0]})" if own_words else ""
+    return f"{path} can't be read: no file of torch.save, or cut short{reason}. Download it again."
 
 
 def unwrap(state: Mapping[str, object]) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ def launch(arguments: Sequence[str], *, nproc: int, port: int | None) -> int:
     meeting = ["--standalone"] if port is None else ["--master-addr=127.0.0.1", f"--master-port={port}"]
     options = [f"--nproc-per-node={nproc}", "--local-addr=127.0.0.1", *meeting]
     try:
-        run.main([*options, "-m", "opensora.core.run", *arguments])
+        run.main([*options, "-m", "--", "opensora.core.run", *arguments])  # from -- on it looks for no flags of its own
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
@@ -57,8 +57,7 @@ def check_port(port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+        except OSError as error:
             raise MachineError(
-                f"Port {port} can't be used: {reason}. Choose another, or leave --port out to get a free one."
+                f"Port {port} can't be used: {error.strerror}. Choose another, or leave --port out to get a free one."
             ) from error

@@ -27,8 +27,8 @@ class Parser(argparse.ArgumentParser):
         """
         message = message.removeprefix("argument ")
         if message.startswith("the following arguments are required: "):
-            missing = message.partition(": ")[2]
-            message = f"{missing} is missing. It goes before the flags: {self.prog} {missing} ..."
+            missing = message.partition(": ")[2].partition(",")[0]
+            message = f"{missing} is missing; it goes before the flags"
         raise ConfigError(f"{message.removesuffix('.')}. See {self.prog} --help")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from attrs import frozen
 
 from opensora.core import components
-from opensora.core.config._modules import find_folders, find_module
+from opensora.core.config._modules import find_folders, has_module
 from opensora.core.errors import ComponentError
 
 __all__ = ["Plugin", "list_plugins"]
@@ -65,7 +65,7 @@ def _broken(component: components.Component) -> str | None:
     module = component.target.partition(":")[0].strip()
     if component.kind == "configs":
         return None if find_folders(module) else f"broken: there is no package {module}"
-    return None if find_module(module) else f"broken: there is no module {module}"
+    return None if has_module(module) else f"broken: there is no module {module}"
 
 
 def _fails(component: components.Component) -> str | None:

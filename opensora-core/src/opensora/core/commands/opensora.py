@@ -11,7 +11,7 @@ from typing import Any
 
 from opensora.core import components
 from opensora.core.commands._main import Parser, run_command, set_up_logging
-from opensora.core.errors import ConfigError
+from opensora.core.errors import ComponentError, ConfigError, did_you_mean
 
 __all__ = ["main"]
 
@@ -112,6 +112,8 @@ def _verify(options: argparse.Namespace) -> int:
     try:
         report = check(_kind(options.kind), options.name, on_pass=lambda title: print(f"ok  {title}"), **keywords)
     except AssertionError as error:
+        if isinstance(error.__cause__, ConfigError | ComponentError):
+            raise error.__cause__ from None  # what was asked for can't be, which says nothing about the component
         print(f"FAILED  {error}", file=sys.stderr)
         return 1
     print(f"{options.name} conforms: {len(report.passed)} checks passed.")
@@ -124,7 +126,9 @@ def _kind(name: str) -> str:
         noun.replace(" ", "_").casefold(): kind for kind, noun in components.KINDS.items()
     }
     if name.casefold() not in names:
-        raise ConfigError(f'"{name}" is no kind of component. Kinds: {", ".join(components.KINDS)}.')
+        raise ConfigError(
+            f'"{name}" is no kind of component.{did_you_mean(name, names)} Kinds: {", ".join(components.KINDS)}.'
+        )
     return names[name.casefold()]
 
 

@@ -113,7 +113,7 @@ def _parser(defaults: Mapping[str, str]) -> Parser:
     )
     parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of an installed one")
     parser.add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes to run on this machine [1]")
-    parser.add_argument("--port", type=int, metavar="N", help="port on which they meet [a free one]")
+    parser.add_argument("--port", type=_port, metavar="N", help="port on which they meet [a free one]")
     parser.add_argument("--dry-run", action="store_true", help="check it, and print sizes and costs; writes nothing")
     parser.add_argument("--trust-config", action="store_true", help="execute the config as Python")
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
@@ -124,6 +124,12 @@ def _parser(defaults: Mapping[str, str]) -> Parser:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'must be a whole number from 1, not "{text}"')
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f'must be a port from 1 to 65535, not "{text}"')
     return int(text)
 
 

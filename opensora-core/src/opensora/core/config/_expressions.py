@@ -293,7 +293,7 @@ class Expressions:
         key = self.value(index)
         self._budget.spend(self._budget.weigh(key))
         if isinstance(container, dict) and key not in container:
-            raise KeyError(f"no such key.{did_you_mean(str(key), map(str, container))}")
+            raise LookupError(f"no such key.{did_you_mean(str(key), map(str, container))}")
         return container[key]
 
     def _format(self, node: ast.expr) -> str:

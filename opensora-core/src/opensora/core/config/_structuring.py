@@ -42,7 +42,6 @@ def converter() -> Converter:
     made = Converter()
     factories: list[tuple[Callable[[Any], bool], Callable[[Any], Hook]]] = [
         (lambda kind: kind in (Any, object), lambda _: lambda value, _: value),
-        (lambda kind: kind in _SCALARS, _scalar),
         (lambda kind: get_origin(kind) is Literal, _literal),
         (lambda kind: get_origin(kind) in (Union, types.UnionType), _union),
         (lambda kind: (get_origin(kind) or kind) in _SEQUENCES, _sequence),
@@ -53,6 +52,8 @@ def converter() -> Converter:
     ]
     for predicate, factory in factories:  # cattrs asks the last first
         made.register_structure_hook_factory(predicate, factory)
+    for scalar in _SCALARS:  # cattrs has converting hooks for just these types, which go before all predicates
+        made.register_structure_hook(scalar, _scalar(scalar))
     return made
 
 
@@ -148,7 +149,7 @@ def _fits(value: object, kind: Any) -> bool:
     if origin is tuple or origin in _SEQUENCES:
         return isinstance(value, list | tuple)
     if origin in _MAPPINGS or attrs.has(origin):
-        return isinstance(value, Mapping)
+        return isinstance(value, Mapping) or (isinstance(origin, type) and isinstance(value, origin))
     return True
 
 

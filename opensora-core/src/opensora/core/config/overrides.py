@@ -179,9 +179,8 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Mapping[str, str]) -> N
         for flag in (flag for flag in FLAGS if flag.group == group):
             default = defaults.get(flag.paths[0])
             text = f"{flag.help} [{default}]" if default is not None else flag.help
-            section.add_argument(
-                flag.name, help=text.replace("%", "%%"), default=argparse.SUPPRESS, **_PARSING[flag.kind]
-            )
+            shown = argparse.SUPPRESS if flag.planned else text.replace("%", "%%")
+            section.add_argument(flag.name, help=shown, default=argparse.SUPPRESS, **_PARSING[flag.kind])
 
 
 def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:

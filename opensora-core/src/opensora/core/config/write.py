@@ -102,6 +102,7 @@ def _quoted(text: str) -> str:
 
 def _docstring(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+    escaped = "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in escaped)
     return f'"""{escaped}\n"""' if escaped.endswith('"') else f'"""{escaped}"""'
 
 

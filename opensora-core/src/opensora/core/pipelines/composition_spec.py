@@ -34,6 +34,8 @@ class CompositionSpec:
     """The default needs no download and is meant for demos and tests."""
     accelerator: ComponentConfig | None = None
     """None: one process, or ddp under torchrun."""
+    attention: str = "sdpa"
+    """The attention kernel, by name."""
     hooks: list[ComponentConfig] = field(factory=list)
     """Further hooks; one of a default's name replaces it."""
     without_hooks: list[str] = field(factory=list)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opensora.core.accelerator import Single
-from opensora.core.composing import build_accelerator, build_parts, check_components, wrap
+from opensora.core.attention import use_kernel
+from opensora.core.components import load
+from opensora.core.composing import build_accelerator, build_parts, check_components, resolved_values, wrap
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.config.write import write_config
 from opensora.core.errors import ConfigError, UserError
@@ -51,12 +53,15 @@ class Sample:
             folder, samples = choose_folders(self.spec, accelerator)
             if accelerator.is_main:
                 stack.enter_context(logging_to(folder / "run.log"))
-                write_config(folder / "config.py", self.config.values, f"Again: opensora-run {folder}/config.py")
+                write_config(
+                    folder / "config.py", resolved_values(self.spec), f"Again: opensora-run {folder}/config.py"
+                )
             run = build_run(self.spec, folder, accelerator, self.plan(samples))
             run.seconds["load"] = time.perf_counter() - begin
             run.hooks.sample_start(run=run)
             try:
-                sample(run)
+                with use_kernel(load("attention", self.spec.attention)):
+                    sample(run)
                 accelerator.barrier()
             finally:
                 run.hooks.sample_end(run=run)

@@ -19,17 +19,14 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.hooking import Hooks
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.prompts import Request
-from opensora.core.protocols import Denoiser, SampleState, Size
+from opensora.core.protocols import IMAGE_FPS, Denoiser, SampleState, Size
 from opensora.core.randomness import SampleDraws, SampleKey
 from opensora.core.run_folder import write_atomically
 from opensora.core.video import to_uint8, write_image, write_video
 
-__all__ = ["IMAGE_FPS", "SampleRun", "SavedSample", "decode", "iter_denoising", "sample"]
+__all__ = ["SampleRun", "SavedSample", "decode", "iter_denoising", "sample"]
 
 log = logging.getLogger(__name__)
-
-IMAGE_FPS = 120.0
-"""What a denoiser is told as the rate of a single image."""
 
 
 @frozen(kw_only=True)

@@ -29,6 +29,8 @@ class StagesSpec:
     pipeline: Literal["stages"] = "stages"
     stages: dict[str, Any] = field(validator=min_len(1))
     """Name to config: each a dict with ``pipeline`` and that pipeline's keys. "{run}" in a string is the run folder."""
+    seed: int | None = None
+    """Replaces the seed of every stage that has one."""
     name: str = "stages"
     """Of the run folder."""
     outputs: str = "outputs"
@@ -62,6 +64,8 @@ class Stages:
             )
         pipeline = load("pipelines", values["pipeline"])
         filled = fill(values, folder)
+        if self.spec.seed is not None and "seed" in filled:
+            filled["seed"] = self.spec.seed
         locations = {key[2:]: place for key, place in self.config.locations.items() if key[:2] == path}
         spec = structure(pipeline.Spec, filled, locations=locations)
         return pipeline(spec, config=Config(values=filled, locations=locations))

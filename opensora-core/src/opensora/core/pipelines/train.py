@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from opensora.core.accelerator import Single
+from opensora.core.attention import use_kernel
 from opensora.core.checkpoints import find_checkpoint, read_checkpoint, sweep
-from opensora.core.components import build
-from opensora.core.composing import build_accelerator, build_parts, check_components, checkpoint_activations, wrap
+from opensora.core.components import build, load
+from opensora.core.composing import (
+    build_accelerator,
+    build_parts,
+    check_components,
+    checkpoint_activations,
+    resolved_values,
+    wrap,
+)
 from opensora.core.config.write import write_config
 from opensora.core.errors import CheckpointError, ConfigError, UserError
 from opensora.core.frame_masks import check_mask_ratios
@@ -57,11 +65,13 @@ class Train:
             folder = choose_folder(self.spec, accelerator)
             if accelerator.is_main:
                 stack.enter_context(logging_to(folder / "run.log"))
-                write_config(folder / "config.py", self.config.values, f"Again: opensora-run {folder}/config.py")
+                write_config(
+                    folder / "config.py", resolved_values(self.spec), f"Again: opensora-run {folder}/config.py"
+                )
             run = build_run(self.spec, folder, accelerator, stop)
             if self.spec.load:
                 resume(run, find_checkpoint(Path(self.spec.load)))
-            with started(run):
+            with use_kernel(load("attention", self.spec.attention)), started(run):
                 train(run)
 
     def dry_run(self) -> str:

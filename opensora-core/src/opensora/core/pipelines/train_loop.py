@@ -212,7 +212,10 @@ def encode(run: TrainRun, batch: Batch) -> tuple[Tensor, Conditioning]:
 def make_update(run: TrainRun, loss: Tensor) -> Update:
     """Step the optimizer and count."""
     factor = learning_rate_factor(
-        run.progress.step, warmup_steps=run.spec.warmup_steps or 0, max_steps=run.max_steps, schedule=run.spec.lr_schedule
+        run.progress.step,
+        warmup_steps=run.spec.warmup_steps or 0,
+        max_steps=run.max_steps,
+        schedule=run.spec.lr_schedule,
     )
     for group in run.optimizer.param_groups:
         group["lr"] = run.spec.lr * factor

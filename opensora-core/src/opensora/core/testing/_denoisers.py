@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,16 +56,18 @@ def check_denoiser(
         "text_length": text_length,
     }
 
-    def construct() -> nn.Module:
-        denoiser: nn.Module = build("models", {"type": name, **options}, **keywords)
+    def construct(seed: int = 0) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # initial weights
+            denoiser: nn.Module = build("models", {"type": name, **options}, **keywords)
         return denoiser
 
     report = Report(name, on_pass=on_pass)
-    with report.checking("builds on the meta device"), torch.device("meta"):
-        assert all(each.is_meta for each in construct().parameters()), "a parameter was built on a real device"
     with report.checking("is an nn.Module"):
         denoiser = construct()
-        assert isinstance(denoiser, nn.Module)
+        assert isinstance(denoiser, nn.Module), f"got a {type(denoiser).__name__}"
+    with report.checking("builds on the meta device"), torch.device("meta"):
+        assert all(each.is_meta for each in construct().parameters()), "a parameter was built on a real device"
     randomize(denoiser)
     denoiser.eval()
     generator = torch.Generator().manual_seed(0)
@@ -79,18 +82,20 @@ def check_denoiser(
 
     check_outputs(report, predict, latents)
     check_conditions(report, denoiser, predict, conditioning, latent_size)
+    with report.checking("a sample doesn't depend on the others in its batch while training either"):
+        check_training_independence(denoiser, latents, timestep, conditioning)
     with report.checking("gradients reach every trained parameter"):
         check_gradients(denoiser, latents, timestep, conditioning)
     with report.checking("saves and loads to the same outputs"):
-        check_round_trip(denoiser, construct, predict, latents, timestep, conditioning)
+        check_round_trip(denoiser, lambda: construct(2), predict, latents, timestep, conditioning)
     return report
 
 
 def check_outputs(report: Report, predict: Callable[..., Tensor], latents: Tensor) -> None:
     """Shape, dtype, determinism, batch independence."""
-    whole = predict()
     batch, channels, *size = latents.shape
     with report.checking("output is [B, C or 2C, T, H, W], float32 and finite"):
+        whole = predict()
         allowed = ([batch, channels, *size], [batch, 2 * channels, *size])
         assert list(whole.shape) in allowed, f"got {list(whole.shape)}, expected one of {allowed}"
         assert whole.dtype is torch.float32, f"got {whole.dtype}"
@@ -123,6 +128,23 @@ def check_conditions(
         null = predict(told=conditioning.unconditional())
         torch.testing.assert_close(predict(told=swapped.unconditional()), null, rtol=_TOLERANCE, atol=_TOLERANCE)
         assert not torch.allclose(null, predict(), atol=1e-6), "dropping changes nothing: is `dropped` ignored?"
+
+
+def check_training_independence(
+    denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning
+) -> None:
+    """In train mode too, where batch norm would mix samples. A model that draws random numbers there can't be compared."""
+    trained = deepcopy(denoiser).train()  # running statistics of the original stay as they are
+
+    def predict(rows: slice = slice(None)) -> Tensor:
+        prediction: Tensor = trained(latents[rows], timestep[rows], conditioning[rows])
+        return prediction
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        whole = predict()
+        if torch.equal(whole, predict()):
+            alone = torch.cat([predict(slice(row, row + 1)) for row in range(len(latents))])
+            torch.testing.assert_close(alone, whole, rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
 def check_gradients(denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> None:

@@ -38,8 +38,8 @@ def check_vae(
         vae.eval()
     video = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     draws = SampleDraws([SampleKey(0, index) for index in range(2)])
-    latents = vae.encode(video, draws=draws)
     with report.checking("latents have the announced channels and size"):
+        latents = vae.encode(video, draws=draws)
         expected = [2, vae.latent_channels, *vae.latent_size(size)]
         assert list(latents.shape) == expected, f"got {list(latents.shape)}, expected {expected}"
         assert latents.isfinite().all()
@@ -77,15 +77,18 @@ def check_text_encoder(
     """
     encoder: TextEncoder = build("text_encoders", {"type": name, **options})
     report = Report(name, on_pass=on_pass)
-    encoded = encoder.encode(list(prompts))
+    if isinstance(encoder, nn.Module):
+        encoder.eval()
     with report.checking("gives text_embedding [B, L, D] and text_mask [B, L], or labels [B]"):
+        encoded = encoder.encode(list(prompts))
         check_text_shapes(encoded, encoder, len(prompts))
     with report.checking("encodes alike again, and alone"):
         for row, prompt in enumerate(prompts):
             alone = encoder.encode([prompt])
-            for own, of_batch in ((alone.text_embedding, encoded.text_embedding), (alone.labels, encoded.labels)):
-                assert (own is None) == (of_batch is None)
-                if own is not None and of_batch is not None:
+            for field in ("text_embedding", "text_mask", "labels"):
+                own, of_batch = getattr(alone, field), getattr(encoded, field)
+                assert (own is None) == (of_batch is None), f"{field} is given for some prompts only"
+                if own is not None:
                     torch.testing.assert_close(own[0], of_batch[row], rtol=1e-4, atol=1e-4)
     return report
 

@@ -90,8 +90,8 @@ def check_loss(
     draws: SampleDraws,
 ) -> None:
     """One finite loss a sample, that depends on this sample alone and reaches the denoiser."""
-    losses = scheduler.loss(denoiser, latents, conditioning, draws=draws)
     with report.checking("loss is [B] and finite"):
+        losses = scheduler.loss(denoiser, latents, conditioning, draws=draws)
         assert losses.shape == (3,), f"got {list(losses.shape)}"
         assert losses.isfinite().all()
     with report.checking("loss is the same for the same draws, whatever the batch"):
@@ -120,8 +120,9 @@ def check_sampling(
     draws: SampleDraws,
 ) -> None:
     """States count up, the result is finite, repeatable, and independent of the batch."""
-    states = list(scheduler.sample(denoiser, noise.clone(), conditioning, draws=draws))
     with report.checking("sampling yields its state at each step"):
+        states = list(scheduler.sample(denoiser, noise.clone(), conditioning, draws=draws))
+        assert states, "not one state"
         assert [state.step for state in states] == list(range(states[0].num_steps))
         assert all(state.latents.shape == state.denoised.shape == noise.shape for state in states)
         times = [state.timestep for state in states]
