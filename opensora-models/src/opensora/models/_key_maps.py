@@ -1,0 +1,53 @@
+"""Published checkpoints of denoisers, turned into the keys and shapes of the models here.
+
+Each step takes and returns a plain state dict, and is told by the keys and shapes themselves whether it applies, never by a
+file's name. Tensors are shared with the input where nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+PATCH_WEIGHT = "x_embedder.proj.weight"
+NULL_CAPTION = "y_embedder.y_embedding"
+
+
+def adapt_dit(state: State, *, text_length: int | None) -> State:
+    """DiT of Peebles and Xie (images), or Open-Sora's. ``text_length`` None: a model of class labels."""
+    state = lift_patch_weight(drop_tables(state, ("pos_embed", "pos_embed_temporal")))
+    return state if text_length is None else fit_null_caption(state, text_length)
+
+
+def adapt_stdit3(state: State, *, text_length: int) -> State:
+    """STDiT3, or PixArt-alpha and PixArt-Sigma, whose blocks become the spatial ones."""
+    state = lift_patch_weight(drop_tables(state, ("pos_embed", "pos_embed_temporal")))
+    return rename_image_blocks(fit_null_caption(state, text_length))
+
+
+def drop_tables(state: State, names: Iterable[str]) -> State:
+    """Leave out position tables, which a model computes for its own size and scale."""
+    unwanted = set(names)
+    return {key: value for key, value in state.items() if key not in unwanted}
+
+
+def lift_patch_weight(state: State) -> State:
+    """Patch weights of an image model, [D, C, h, w], become those of single frames, [D, C, 1, h, w]."""
+    weight = state.get(PATCH_WEIGHT)
+    return state if weight is None or weight.dim() != 4 else {**state, PATCH_WEIGHT: weight.unsqueeze(2)}
+
+
+def fit_null_caption(state: State, text_length: int) -> State:
+    """Cut the null caption [L, width] to ``text_length`` tokens, or repeat its last token."""
+    caption = state.get(NULL_CAPTION)
+    if caption is None or len(caption) == text_length:
+        return state
+    return {**state, NULL_CAPTION: caption[[min(token, len(caption) - 1) for token in range(text_length)]]}
+
+
+def rename_image_blocks(state: State) -> State:
+    """``blocks.0`` of an image model is ``spatial_blocks.0`` of STDiT3."""
+    return {f"spatial_{key}" if key.startswith("blocks.") else key: value for key, value in state.items()}

@@ -1,0 +1,236 @@
+"""DiT, the diffusion transformer of Peebles and Xie (https://arxiv.org/abs/2212.09748), for images and short videos.
+
+All tokens attend to each other, and each block is scaled, shifted and gated by a vector that says timestep and class (or
+caption). A model has one size, for which its position tables are made.
+
+Shapes: B batch, C latent channels, T H W latent frames and size (T again for token frames), S tokens a frame, N = T * S,
+D width.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import torch
+from attrs import Attribute, field, frozen
+from attrs.validators import and_, ge, gt, le
+from torch import Tensor, nn
+
+from opensora.core.components import preset
+from opensora.core.conditioning import Conditioning
+from opensora.core.errors import ConfigError, ShapeError
+from opensora.core.protocols import Size
+from opensora.models._key_maps import adapt_dit
+from opensora.models._layers.attention import SelfAttention
+from opensora.models._layers.conditions import required
+from opensora.models._layers.embedders import CaptionEmbedder, LabelEmbedder, NumberEmbedder
+from opensora.models._layers.feed_forward import FeedForward
+from opensora.models._layers.final_layers import FinalLayer
+from opensora.models._layers.modulation import add_gated, layer_norm, modulate
+from opensora.models._layers.patches import Patch, PatchEmbed3D, token_grid, unpatchify
+from opensora.models._layers.positions import spatial_table, temporal_table
+
+__all__ = ["DiT", "DiTBlock", "DiTSpec", "DiT_XL_2", "DiT_XL_2x2"]
+
+
+def _check_condition(_: object, attribute: Attribute[Any], value: str) -> None:
+    if value != "text" and not re.fullmatch(r"label_[1-9]\d*", value):
+        raise ConfigError(f'{attribute.name} must be "text" or "label_" and the number of classes, not "{value}".')
+
+
+@frozen(kw_only=True)
+class DiTSpec:
+    """Options of `DiT`. The defaults are those of DiT-XL/2."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, height and width that make one token."""
+    hidden_size: int = field(default=1152, validator=gt(0))
+    """Width of the blocks; a multiple of 4 and of the number of heads."""
+    depth: int = field(default=28, validator=gt(0))
+    """Number of blocks."""
+    num_heads: int = field(default=16, validator=gt(0))
+    """Attention heads."""
+    mlp_ratio: float = field(default=4.0, validator=gt(0))
+    """Width of the feed-forward layer over the width of the block."""
+    class_dropout_prob: float = field(default=0.1, validator=and_(ge(0), le(1)))
+    """Share of training samples whose class or caption is dropped, so that classifier-free guidance has an unconditional
+    model. With 0 a model of class labels has no null class at all."""
+    learn_sigma: bool = True
+    """Predict variance values too, as the second half of the output channels."""
+    condition: str = field(default="text", validator=_check_condition)
+    """"text" for one pooled vector a caption (clip), "label_1000" for 1000 classes (text encoder "classes")."""
+    no_temporal_pos_emb: bool = False
+    """Leave out the position of a frame: for images."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads ({self.num_heads})."
+            )
+        if min(self.patch_size) < 1 or self.patch_size[1] != self.patch_size[2]:
+            raise ConfigError(f"patch_size {self.patch_size} must be three numbers of at least 1, the last two equal.")
+
+    @property
+    def num_classes(self) -> int | None:
+        """None for text."""
+        return None if self.condition == "text" else int(self.condition.removeprefix("label_"))
+
+
+class DiTBlock(nn.Module):
+    """Attention and feed-forward layer, both modulated by the conditioning vector (adaLN-Zero)."""
+
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        width = spec.hidden_size
+        self.attn = SelfAttention(width, spec.num_heads)
+        self.mlp = FeedForward(width, int(width * spec.mlp_ratio), width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """``x`` [B, N, D], ``c`` [B, D] -> like ``x``."""
+        modulation = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # [B, 1, D] each
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = add_gated(x, gate_attn, self.attn(modulate(layer_norm(x), shift_attn, scale_attn)))
+        return add_gated(x, gate_mlp, self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp)))
+
+
+class DiT(nn.Module):
+    """Predicts noise (and variance values) of square latents of one size from class labels or one text vector.
+
+    Conditions it reads: labels, or text_embedding [B, 1, width]; dropped.
+    """
+
+    Spec: ClassVar[type] = DiTSpec
+    pos_embed_spatial: Tensor
+    pos_embed_temporal: Tensor
+
+    def __init__(
+        self,
+        spec: DiTSpec,
+        *,
+        latent_channels: int,
+        latent_size: Size | None,
+        text_width: int | None,
+        text_length: int | None = None,
+    ) -> None:
+        """``text_width`` and ``text_length`` are those of the text encoder; None for class labels.
+
+        Raises:
+            ConfigError: The text encoder is not of the kind that ``spec.condition`` names.
+            ShapeError: ``latent_size`` is not square, not a multiple of the patch, or None (clips of different sizes).
+        """
+        super().__init__()
+        _check_text_encoder(spec, text_width, text_length)
+        latent_size = _checked_size(latent_size, spec.patch_size)
+        self.spec = spec
+        self.condition_dropout = spec.class_dropout_prob
+        self.patch_size = spec.patch_size
+        self.latent_size = latent_size
+        frames, side, _ = token_grid(latent_size, spec.patch_size)
+        width = spec.hidden_size
+        out_channels = latent_channels * (2 if spec.learn_sigma else 1)
+
+        self.x_embedder = PatchEmbed3D(spec.patch_size, latent_channels, width)
+        self.register_buffer("pos_embed_spatial", spatial_table(width, side, side)[None])
+        self.register_buffer("pos_embed_temporal", temporal_table(width, frames)[None])
+        self.t_embedder = NumberEmbedder(width)
+        self.y_embedder: LabelEmbedder | CaptionEmbedder
+        if text_width is None:
+            self.y_embedder = LabelEmbedder(spec.num_classes or 0, width, has_null=spec.class_dropout_prob > 0)
+        else:
+            self.y_embedder = CaptionEmbedder(text_width, width, num_tokens=1)
+        self.blocks = nn.ModuleList(DiTBlock(spec) for _ in range(spec.depth))
+        self.final_layer = FinalLayer(width, torch.Size(spec.patch_size).numel() * out_channels)
+
+        self._initialize()
+
+    def forward(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """See `opensora.core.protocols.Denoiser`: [B, C, T, H, W] and [B] -> [B, C or 2C, T, H, W] float32.
+
+        Raises:
+            ShapeError: The latents are not of the size that this model was built for.
+        """
+        x = self.embed_patches(latents)  # [B, T, S, D]
+        c = self.t_embedder(timestep) + self.embed_condition(conditioning)  # [B, D]
+        frames, tokens = x.shape[1:3]
+        x = x.flatten(1, 2)  # [B, N, D]
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.final_layer(x, c).unflatten(1, (frames, tokens))
+        return unpatchify(x, self.patch_size, self.latent_size).float()
+
+    def embed_patches(self, latents: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, T, S, D], positions added."""
+        if tuple(latents.shape[2:]) != self.latent_size:
+            raise ShapeError(
+                f"The latents are {_format(latents.shape[2:])}; this model was built for {_format(self.latent_size)} "
+                "(frames x height x width) and does no other size. Build it for the size you need."
+            )
+        x = self.x_embedder(latents.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed_spatial
+        return x if self.spec.no_temporal_pos_emb else x + self.pos_embed_temporal[:, :, None]
+
+    def embed_condition(self, conditioning: Conditioning) -> Tensor:
+        """[B, D]."""
+        if isinstance(self.y_embedder, LabelEmbedder):
+            return self.y_embedder(required(conditioning, "labels", "DiT"), conditioning.dropped)
+        return self.y_embedder(required(conditioning, "text_embedding", "DiT"), conditioning.dropped).squeeze(1)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn a published checkpoint of DiT into this model's keys and shapes, whatever size it was trained at.
+
+        Position tables are this model's own, since they follow from its size.
+        """
+        is_text = isinstance(self.y_embedder, CaptionEmbedder)
+        tables = {"pos_embed_spatial": self.pos_embed_spatial, "pos_embed_temporal": self.pos_embed_temporal}
+        return adapt_dit(state, text_length=1 if is_text else None) | tables
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.detach().flatten(1))
+        nn.init.zeros_(self.x_embedder.get_parameter("proj.bias"))
+        small = ["t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"]
+        if isinstance(self.y_embedder, CaptionEmbedder):
+            small += ["y_embedder.y_proj.fc1.weight", "y_embedder.y_proj.fc2.weight"]
+        for name in small:
+            nn.init.normal_(self.get_parameter(name), std=0.02)
+        # Each block starts as the identity, and the output as zero.
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.get_parameter("adaLN_modulation.1.weight"))
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+
+def _check_text_encoder(spec: DiTSpec, text_width: int | None, text_length: int | None) -> None:
+    if spec.condition == "text" and text_width is None:
+        raise ConfigError('model.condition is "text", but the text encoder gives class labels. Try "label_1000".')
+    if spec.condition == "text" and text_length not in (None, 1):
+        raise ConfigError(
+            f"DiT takes one vector a caption; this text encoder gives {text_length} tokens. Use STDiT3 for such text."
+        )
+    if spec.condition != "text" and text_width is not None:
+        raise ConfigError(f'model.condition is "{spec.condition}", but the text encoder gives text. Use "classes".')
+
+
+def _checked_size(size: Size | None, patch_size: Patch) -> Size:
+    if size is None:
+        raise ShapeError(
+            "DiT has one size, and the clips of this dataset differ in theirs. Use STDiT3, or one image_size."
+        )
+    frames, side = (max(1, round(length / patch)) * patch for length, patch in zip(size, patch_size[:2], strict=False))
+    if size != (nearest := (frames, side, side)):
+        raise ShapeError(
+            f"DiT needs square latents in multiples of its patch {_format(patch_size)}, not {_format(size)} "
+            f"(frames x height x width). Nearest: {_format(nearest)}."
+        )
+    return size
+
+
+def _format(size: Any) -> str:
+    return "x".join(map(str, size))
+
+
+DiT_XL_2 = preset(DiT, "DiT_XL_2", depth=28, hidden_size=1152, patch_size=(1, 2, 2), num_heads=16)
+DiT_XL_2x2 = preset(DiT, "DiT_XL_2x2", depth=28, hidden_size=1152, patch_size=(2, 2, 2), num_heads=16)
