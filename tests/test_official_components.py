@@ -20,7 +20,9 @@ def registered() -> dict[str, dict[str, str]]:
         for group, entries in project.get("entry-points", {}).items():
             kind = group.removeprefix("opensora.")
             for name in entries:
-                assert name not in found.get(kind, {}), f"{project['name']} and {found[kind][name]} both register {name}"
+                assert name not in found.get(kind, {}), (
+                    f"{project['name']} and {found[kind][name]} both register {name}"
+                )
                 found.setdefault(kind, {})[name] = project["name"]
     return found
 

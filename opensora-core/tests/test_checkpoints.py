@@ -145,8 +145,7 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path: Path) -
         assert report["found"] >= report["promised"]
         assert report["after sweep"] == [f"step-{step:06d}" for step in sorted(report["steps"])]
     found = [report["found"] for report in reports]
-    assert found == sorted(found)
-    assert found[-1] > 0
+    assert found == sorted(set(found)), "no step was saved between two kills"
     assert any(report["leftovers"] for report in reports), "no kill hit a save: the test proves nothing"
 
 

@@ -265,7 +265,7 @@ class BaseSpec:
 
     depth: int = field(default=2, validator=gt(0), metadata={"unit": "blocks"})
     """How deep."""
-    heads: "tuple[int, ...]" = field(default=(1,), converter=tuple)
+    heads: tuple[int, ...] = field(default=(1,), converter=tuple)
     width: int = 8
 
     def __attrs_post_init__(self) -> None:

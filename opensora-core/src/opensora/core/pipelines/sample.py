@@ -46,8 +46,8 @@ class Sample:
         self.spec, self.config = spec, config
         self.prompts = choose_prompts(spec)
 
-    def run(self) -> None:
-        """Sample all prompts, then write ``summary.json``."""
+    def run(self) -> dict[str, Path]:
+        """Sample all prompts, write ``summary.json``, and return where the results are."""
         begin = time.perf_counter()
         with build_accelerator(self.spec) as accelerator, ExitStack() as stack:
             folder, samples = choose_folders(self.spec, accelerator)
@@ -66,6 +66,8 @@ class Sample:
             finally:
                 run.hooks.sample_end(run=run)
             summarize(run, samples, seconds=time.perf_counter() - begin)
+            results = {"samples": samples, "contact sheet": folder / "contact-sheet.png"}
+            return {name: path for name, path in results.items() if path.exists()}
 
     def plan(self, samples: Path) -> list[Request]:
         """What will be made, in the folder ``samples``."""

@@ -15,7 +15,7 @@ from opensora.core.config.evaluate import Config
 from opensora.core.config.structure import locate, structure
 from opensora.core.config.write import write_config
 from opensora.core.errors import ConfigError
-from opensora.core.run_folder import make_folder, new_run_folder
+from opensora.core.run_folder import make_folder, new_run_folder, write_atomically
 
 __all__ = ["Stages", "StagesSpec"]
 
@@ -70,17 +70,21 @@ class Stages:
         spec = structure(pipeline.Spec, filled, locations=locations)
         return pipeline(spec, config=Config(values=filled, locations=locations))
 
-    def run(self) -> None:
-        """Run the stages in order; an error or a signal in one ends all."""
+    def run(self) -> dict[str, Path]:
+        """Run the stages in order, and return where the results are; an error or a signal in one ends all."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("Stages run in one process. Run the config of each stage by itself with --nproc.")
         folder = make_folder(Path(self.spec.run_folder)) if self.spec.run_folder else None
         folder = folder or new_run_folder(Path(self.spec.outputs), self.spec.name)
         write_config(folder / "config.py", self.config.values, f"Again: opensora-run {folder}/config.py")
+        results: dict[str, Path] = {}
         for number, name in enumerate(self.spec.stages, start=1):
             log.info("Stage %d of %d: %s", number, len(self.spec.stages), name)
-            self.build(name, folder).run()
-        log.info("All in %s", folder)
+            results |= self.build(name, folder).run() or {}
+        listed = "".join(f"  {what + ':':15}{path}\n" for what, path in {**results, "run folder": folder}.items())
+        write_atomically(folder / "summary.txt", listed)
+        log.info("Where everything is (also in %s):\n%s", folder / "summary.txt", listed.rstrip())
+        return {"run folder": folder, **results}
 
     def dry_run(self) -> str:
         """What each stage would do."""

@@ -59,8 +59,8 @@ class Train:
             check_mask_ratios(spec.mask_ratios)
         self.spec, self.config = spec, config
 
-    def run(self) -> None:
-        """Train; see `train` for what it raises."""
+    def run(self) -> dict[str, Path]:
+        """Train, and return where the results are; see `train` for what it raises."""
         with build_accelerator(self.spec) as accelerator, stopping_on_signals() as stop, ExitStack() as stack:
             folder = choose_folder(self.spec, accelerator)
             if accelerator.is_main:
@@ -73,6 +73,13 @@ class Train:
                 resume(run, find_checkpoint(Path(self.spec.load)))
             with use_kernel(load("attention", self.spec.attention)), started(run):
                 train(run)
+            assert run.last_checkpoint is not None  # the last step is always saved
+            results = {
+                "checkpoint": run.last_checkpoint,
+                "loss plot": folder / "loss.png",
+                "metrics": folder / "metrics.jsonl",
+            }
+            return {name: path for name, path in results.items() if path.exists()}
 
     def dry_run(self) -> str:
         """What would be trained, with sizes and an estimate of memory and compute. Loads and writes nothing."""

@@ -1,0 +1,118 @@
+"""Captioned videos and images from a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from attrs import field, frozen
+from attrs.validators import deep_iterable, gt, min_len
+
+from opensora.core.errors import DataError
+from opensora.core.protocols import IMAGE_FPS, Clip, Size
+from opensora.core.randomness import SampleKey
+from opensora.core.video import VideoFile, is_image, is_video, read_image, read_video
+from opensora.data.tables import StringColumn, read_table, resolve_path
+from opensora.data.temporal import last_start, sample_frames
+from opensora.data.transforms import transform_image, transform_video
+
+__all__ = ["VideoTextDataset", "VideoTextSpec", "check_transform"]
+
+
+@frozen(kw_only=True)
+class VideoTextSpec:
+    """Captioned clips, all brought to one length and size."""
+
+    data_path: str = field(validator=min_len(1))
+    """Table with columns path and text (.csv, .parquet, .jsonl). Paths are relative to the working directory or, if
+    they aren't there, to the table."""
+    num_frames: int = field(default=16, validator=gt(0))
+    """Frames of a clip."""
+    frame_interval: int = field(default=1, validator=gt(0))
+    """Take about every n-th frame: a longer stretch of time at a lower rate."""
+    image_size: tuple[int, int] = field(default=(256, 256), validator=deep_iterable(gt(0)))
+    """Height and width in pixels."""
+    transform_name: Literal["center", "resize_crop"] = "center"
+    """center: the central square. resize_crop: any size, as much of the picture as fits."""
+    keep_in_memory: bool = False
+    """Keep each video's frames once they are decoded, in every process that reads: for data that fit."""
+
+    def __attrs_post_init__(self) -> None:
+        check_transform(self.transform_name, self.image_size)
+
+
+class VideoTextDataset:
+    """Videos give a stretch of ``num_frames`` frames, its start drawn anew each epoch; images are repeated.
+
+    `Clip.fps` is the file's rate, whatever ``frame_interval`` is, and 120 for images.
+    """
+
+    Spec = VideoTextSpec
+
+    def __init__(self, spec: VideoTextSpec) -> None:
+        """Read the table, but none of its files.
+
+        Raises:
+            DataError: The table can't be used.
+        """
+        self.spec = spec
+        self.folder = Path(spec.data_path).parent
+        table = read_table(spec.data_path, ["path", "text"])
+        self._paths, self._texts = StringColumn(table["path"]), StringColumn(table["text"])
+        self._kept: dict[Path, tuple[torch.Tensor, float]] = {}
+
+    @property
+    def size(self) -> Size:
+        """(T, H, W) of every clip."""
+        return self.spec.num_frames, *self.spec.image_size
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, key: SampleKey) -> Clip:
+        """The clip of row ``key.index``, video [3, num_frames, *image_size].
+
+        Raises:
+            DataError: The row's file can't be used.
+        """
+        path = resolve_path(self._paths[key.index], self.folder)
+        if is_video(path):
+            video, fps = self._read_video(path, key)
+        elif is_image(path):
+            image = transform_image(self.spec.transform_name, read_image(path), *self.spec.image_size)
+            video, fps = image.repeat(1, self.spec.num_frames, 1, 1), IMAGE_FPS
+        else:
+            raise DataError(f"{path} is neither a video nor an image by its extension.")
+        return Clip(video=video, text=self._texts[key.index], fps=fps, key=key, path=str(path))
+
+    def _read_video(self, path: Path, key: SampleKey) -> tuple[torch.Tensor, float]:
+        if self.spec.keep_in_memory:
+            if path not in self._kept:
+                self._kept[path] = read_video(path)
+            whole, fps = self._kept[path]
+            frames = whole[self._choose_frames(path, len(whole), key)]
+        else:
+            with VideoFile(path) as file:
+                fps = file.info.fps
+                frames = file.read(self._choose_frames(path, file.info.num_frames, key))
+        return transform_video(self.spec.transform_name, frames, *self.spec.image_size), fps
+
+    def _choose_frames(self, path: Path, total: int, key: SampleKey) -> list[int]:
+        num_frames, interval = self.spec.num_frames, self.spec.frame_interval
+        highest = last_start(total, num_frames, frame_interval=interval)
+        start = int(torch.randint(highest + 1, (), generator=key.generator("start")))
+        try:
+            return sample_frames(total, num_frames, frame_interval=interval, start=start)
+        except DataError as error:
+            raise DataError(f"{path} {error}") from error
+
+
+def check_transform(name: str, image_size: tuple[int, int]) -> None:
+    """Refuse a size that the transform can't make.
+
+    Raises:
+        ValueError: ``center`` with a height other than the width.
+    """
+    if name == "center" and image_size[0] != image_size[1]:
+        raise ValueError(f'transform_name="center" makes squares, not image_size={image_size}. Use "resize_crop".')
