@@ -171,10 +171,20 @@ def build(kind: str, config: ComponentConfig | Mapping[str, Any], **keywords: An
 
 def construct(component: Any, spec: Any, **keywords: Any) -> Any:
     """``component(spec, ...)`` with those of the keywords that its constructor names."""
-    parameters = inspect.signature(component).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return component(spec, **keywords)
-    return component(spec, **{name: value for name, value in keywords.items() if name in parameters})
+    named = _named_keywords(component)
+    return component(spec, **{name: value for name, value in keywords.items() if named is None or name in named})
+
+
+def _named_keywords(component: Any) -> set[str] | None:
+    """What a constructor names, and its bases' as long as each hands ``**keywords`` on. None: it takes whatever comes."""
+    bases = component.__mro__ if inspect.isclass(component) else ()
+    named: set[str] = set()
+    for constructor in [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] or [component]:
+        parameters = inspect.signature(constructor).parameters
+        named |= set(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return named
+    return None
 
 
 def preset(base: type[T], name: str, **defaults: object) -> type[T]:

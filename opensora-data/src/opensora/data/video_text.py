@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,7 @@ class VideoTextSpec:
     transform_name: Literal["center", "resize_crop"] = "center"
     """center: the central square. resize_crop: any size, as much of the picture as fits."""
     keep_in_memory: bool = False
-    """Keep each video's frames once they are decoded, in every process that reads: for data that fit."""
+    """Keep each video whole once it is decoded and transformed, in every process that reads: for data that fit."""
 
     def __attrs_post_init__(self) -> None:
         check_transform(self.transform_name, self.image_size)
@@ -60,7 +61,7 @@ class VideoTextDataset:
         self.folder = Path(spec.data_path).parent
         table = read_table(spec.data_path, ["path", "text"])
         self._paths, self._texts = StringColumn(table["path"]), StringColumn(table["text"])
-        self._kept: dict[Path, tuple[torch.Tensor, float]] = {}
+        self._kept: dict[int, tuple[torch.Tensor, float, Path]] = {}
 
     @property
     def size(self) -> Size:
@@ -76,27 +77,30 @@ class VideoTextDataset:
         Raises:
             DataError: The row's file can't be used.
         """
+        if key.index in self._kept:
+            whole, fps, path = self._kept[key.index]
+            return self._clip(key, whole[:, self._choose_frames(path, whole.shape[1], key)], fps, path)
         path = resolve_path(self._paths[key.index], self.folder)
         if is_video(path):
-            video, fps = self._read_video(path, key)
-        elif is_image(path):
+            return self._clip(key, *self._read_video(path, key), path)
+        if is_image(path):
             image = transform_image(self.spec.transform_name, read_image(path), *self.spec.image_size)
-            video, fps = image.repeat(1, self.spec.num_frames, 1, 1), IMAGE_FPS
-        else:
-            raise DataError(f"{path} is neither a video nor an image by its extension.")
+            return self._clip(key, image.repeat(1, self.spec.num_frames, 1, 1), IMAGE_FPS, path)
+        raise DataError(f"{path} is neither a video nor an image by its extension.")
+
+    def _clip(self, key: SampleKey, video: torch.Tensor, fps: float, path: Path) -> Clip:
         return Clip(video=video, text=self._texts[key.index], fps=fps, key=key, path=str(path))
 
     def _read_video(self, path: Path, key: SampleKey) -> tuple[torch.Tensor, float]:
+        transform = partial(transform_video, self.spec.transform_name)
         if self.spec.keep_in_memory:
-            if path not in self._kept:
-                self._kept[path] = read_video(path)
-            whole, fps = self._kept[path]
-            frames = whole[self._choose_frames(path, len(whole), key)]
-        else:
-            with VideoFile(path) as file:
-                fps = file.info.fps
-                frames = file.read(self._choose_frames(path, file.info.num_frames, key))
-        return transform_video(self.spec.transform_name, frames, *self.spec.image_size), fps
+            frames, fps = read_video(path)
+            whole = transform(frames, *self.spec.image_size)
+            self._kept[key.index] = whole, fps, path
+            return whole[:, self._choose_frames(path, len(frames), key)], fps
+        with VideoFile(path) as file:
+            frames = file.read(self._choose_frames(path, file.info.num_frames, key))
+            return transform(frames, *self.spec.image_size), file.info.fps
 
     def _choose_frames(self, path: Path, total: int, key: SampleKey) -> list[int]:
         num_frames, interval = self.spec.num_frames, self.spec.frame_interval

@@ -53,8 +53,7 @@ class EMA:
         if update.is_left_out:
             return
         decay = min(self.spec.decay, (1 + update.step) / (10 + update.step)) if self.spec.warmup else self.spec.decay
-        parameters = dict(run.denoiser.named_parameters())
-        weights = [parameters[name].detach() for name in self.averages]
+        weights = [parameter.detach() for parameter in run.parameters]  # in the order of the averages
         torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
 
     @hook

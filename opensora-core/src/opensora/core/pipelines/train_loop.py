@@ -142,9 +142,7 @@ def train(run: TrainRun) -> None:
     logged = LogWindow(run)
     decoy: Batch | None = None
     for batches in run.iter_steps():
-        torch.manual_seed(
-            generator_for(run.spec.seed, run.progress.step, run.accelerator.rank).initial_seed()
-        )  # dropout
+        seed_layers(run)
         losses = []
         for index, batch in enumerate(batches):
             run.unreadable.record(batch)
@@ -166,6 +164,17 @@ def train(run: TrainRun) -> None:
             )
     if run.last_checkpoint is None or not run.last_checkpoint.name.endswith(f"{run.progress.step:06d}"):
         run.save_checkpoint()
+
+
+def seed_layers(run: TrainRun) -> None:
+    """Make what layers draw in this step (stochastic depth) depend on the seed, the step and the process alone.
+
+    Not ``torch.manual_seed``: on a machine without GPUs that remembers each call, with its stack, for a GPU to come.
+    """
+    seed = generator_for(run.spec.seed, run.progress.step, run.accelerator.rank).initial_seed()
+    torch.default_generator.manual_seed(seed)
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def micro_batch_loss(run: TrainRun, batch: Batch, decoy: Batch | None) -> Tensor:
