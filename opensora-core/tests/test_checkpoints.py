@@ -39,7 +39,10 @@ def content(step: int = 0) -> Checkpoint:
     }
     return Checkpoint(
         tensors={"model": tensors, "ema": {"weight": torch.full((3,), float("nan"))}},
-        optimizer={"state": {0: {"exp_avg": torch.randn(4), "step": torch.tensor([3.0])}}, "groups": [{"lr": 0.1 + 0.2}]},
+        optimizer={
+            "state": {0: {"exp_avg": torch.randn(4), "step": torch.tensor([3.0])}},
+            "groups": [{"lr": 0.1 + 0.2}],
+        },
         state={"step": step, "seed": 2**40, "loss": 0.1 + 0.2, "text": "ä"},
     )
 
@@ -117,7 +120,14 @@ def test_a_real_optimizer_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None
 
 def test_tied_weights_and_views_are_saved_under_each_name(tmp_path: Path) -> None:
     weight = torch.randn(4, 6)
-    tensors = {"a": weight, "b": weight, "transposed": weight.T, "row": weight[1], "rows": weight[2:], "param": nn.Parameter(weight)}
+    tensors = {
+        "a": weight,
+        "b": weight,
+        "transposed": weight.T,
+        "row": weight[1],
+        "rows": weight[2:],
+        "param": nn.Parameter(weight),
+    }
     read = read_checkpoint(save_checkpoint(tmp_path, 1, Checkpoint(tensors={"model": tensors})))
     assert_same_bits({key: value.detach() for key, value in tensors.items()}, read.tensors["model"])
 
@@ -125,7 +135,11 @@ def test_tied_weights_and_views_are_saved_under_each_name(tmp_path: Path) -> Non
 def test_the_same_step_may_be_saved_again(run: Path) -> None:
     save_checkpoint(run / "checkpoints", 10, content(99))
     assert read_checkpoint(run / "checkpoints" / "step-000010").state["step"] == 99
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000005", "step-000010", "step-000015"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-000005",
+        "step-000010",
+        "step-000015",
+    ]
 
 
 # ---- being killed, and full disks
@@ -134,7 +148,10 @@ def test_the_same_step_may_be_saved_again(run: Path) -> None:
 def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path: Path) -> None:
     kills = 8
     done = subprocess.run(
-        [sys.executable, WORKERS / "save_until_killed.py", tmp_path, str(kills)], capture_output=True, text=True, check=False
+        [sys.executable, WORKERS / "save_until_killed.py", tmp_path, str(kills)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines()]
@@ -152,7 +169,10 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path: Path) -
 def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     limits = ["0", "5000", "12100", "20000", "29000"]  # in the weights, at their end, in the optimizer, in the state
     done = subprocess.run(
-        [sys.executable, WORKERS / "save_on_full_disk.py", tmp_path, *limits], capture_output=True, text=True, check=False
+        [sys.executable, WORKERS / "save_on_full_disk.py", tmp_path, *limits],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines()]
@@ -168,7 +188,7 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints_and_nothing_els
 
 def test_a_folder_that_can_not_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="can't be written to .*Not a directory"):
+    with pytest.raises(CheckpointError, match=r"can't be written to .*Not a directory"):
         save_checkpoint(tmp_path / "file" / "checkpoints", 1, content())
 
 

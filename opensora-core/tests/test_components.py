@@ -69,7 +69,7 @@ def test_what_is_installed_later_is_seen_after_refresh(tiny: str, install: Insta
 
 
 def test_an_unknown_kind_names_the_kinds() -> None:
-    with pytest.raises(ComponentError, match="\"modles\" is no kind of component. Kinds: models, vaes,"):
+    with pytest.raises(ComponentError, match=r'"modles" is no kind of component. Kinds: models, vaes,'):
         components.available("modles")
 
 
@@ -103,7 +103,9 @@ def test_an_official_component_that_is_not_installed_comes_with_the_pip_line(tmp
         (tmp_path / package).symlink_to(Path(import_module(package).__file__).parent)
     source = Path(components.__file__).parents[2]
     paths = f"import sys; sys.path[:0] = {[str(source), str(tmp_path)]}\n"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", paths + OFFICIAL], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", paths + OFFICIAL], capture_output=True, text=True, check=True
+    )
     lines = done.stdout.splitlines()
     assert lines[0].endswith("It is part of a package that is not installed: pip install opensora-schedulers")
     assert 'Nearest: "rflow" (pip install opensora-schedulers)' in lines[1]
@@ -198,14 +200,18 @@ def test_what_has_no_spec_is_no_component(
 ) -> None:
     module = f"thing_{request.node.callspec.id.replace(' ', '_')}"
     install("thing-dist", {"opensora.models": {"Thing": f"{module}:Thing"}}, {f"{module}.py": content})
-    with pytest.raises(ComponentError, match=r'"Thing" is no model \(Thing = .* of thing-dist 1\.5\): it must be a class with'):
+    with pytest.raises(
+        ComponentError, match=r'"Thing" is no model \(Thing = .* of thing-dist 1\.5\): it must be a class with'
+    ):
         components.load("models", "Thing")
 
 
 def test_a_kernel_needs_no_spec_but_must_be_callable(install: Install) -> None:
     entries = {"ours": "kernels_of_components:ours", "number": "kernels_of_components:number"}
     install(
-        "kernel-dist", {"opensora.attention": entries}, {"kernels_of_components.py": "number = 3\ndef ours(*args): return args"}
+        "kernel-dist",
+        {"opensora.attention": entries},
+        {"kernels_of_components.py": "number = 3\ndef ours(*args): return args"},
     )
     assert components.load("attention", "ours")(1) == (1,)
     with pytest.raises(ComponentError, match=r'"number" is no attention kernel .*it must be a function'):
@@ -216,7 +222,9 @@ def test_a_kernel_needs_no_spec_but_must_be_callable(install: Install) -> None:
 
 
 def test_options_become_the_spec_and_run_time_facts_arguments(tiny: str) -> None:
-    model = components.build("models", {"type": tiny, "width": 9}, latent_channels=4, text_width=16, latent_size=(1, 2, 3))
+    model = components.build(
+        "models", {"type": tiny, "width": 9}, latent_channels=4, text_width=16, latent_size=(1, 2, 3)
+    )
     assert (model.spec.width, model.latent_channels, model.text_width) == (9, 4, 16)
     config = ComponentConfig(type=tiny, options={})
     assert components.build("models", config, latent_channels=4).spec.width == 4
@@ -233,6 +241,27 @@ def test_a_constructor_that_takes_all_keywords_gets_all() -> None:
     }
 
 
+def test_a_subclass_that_hands_keywords_on_gets_what_its_base_names() -> None:
+    class Named:
+        def __init__(self, spec: object, *, latent_channels: int) -> None:
+            self.latent_channels = latent_channels
+
+    class HandsOn(Named):
+        def __init__(self, spec: object, *, text_width: int, **keywords: int) -> None:
+            super().__init__(spec, **keywords)
+            self.text_width = text_width
+
+    built = components.construct(HandsOn, None, latent_channels=4, text_width=5, text_length=6)
+    assert (built.latent_channels, built.text_width) == (4, 5)
+
+
+def test_a_function_is_called_with_what_it_names() -> None:
+    def function(spec: object, latent_channels: int) -> int:
+        return latent_channels
+
+    assert components.construct(function, None, latent_channels=4, text_width=5) == 4
+
+
 def test_the_given_dict_stays_as_it_is(tiny: str) -> None:
     config = {"type": tiny, "width": 9}
     components.build("models", config, latent_channels=4)
@@ -241,7 +270,11 @@ def test_the_given_dict_stays_as_it_is(tiny: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"widht": 3}, 'Did you mean "width"?'), ({"width": "wide"}, "width must be int"), ({"width": 0}, "width must be > 0")],
+    [
+        ({"widht": 3}, 'Did you mean "width"?'),
+        ({"width": "wide"}, "width must be int"),
+        ({"width": 0}, "width must be > 0"),
+    ],
     ids=["unknown", "wrong type", "out of range"],
 )
 def test_bad_options_are_config_errors(options: dict[str, Any], message: str, tiny: str) -> None:

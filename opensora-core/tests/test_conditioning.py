@@ -26,7 +26,9 @@ def conditioning(batch: int = 3, **changes: object) -> Conditioning:
 
 
 def tensors(told: Conditioning) -> dict[str, torch.Tensor]:
-    given = {name: value for name, value in attrs.asdict(told, recurse=False).items() if isinstance(value, torch.Tensor)}
+    given = {
+        name: value for name, value in attrs.asdict(told, recurse=False).items() if isinstance(value, torch.Tensor)
+    }
     return {**given, **{f"extra {name}": value for name, value in told.extra.items()}}
 
 

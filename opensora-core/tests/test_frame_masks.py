@@ -74,7 +74,9 @@ def test_identity_takes_the_rest_and_the_given_dict_stays() -> None:
     assert check_mask_ratios(given) == {"random": 0.2, "image_head": 0.3, "identity": 0.5}
     assert given == {"random": 0.2, "image_head": 0.3}
     assert check_mask_ratios({}) == {"identity": 1.0}
-    assert sum(check_mask_ratios(dict.fromkeys(list(FRAME_MASKS)[1:], 0.1) | {"identity": 0.0}).values()) == pytest.approx(1)
+    assert sum(
+        check_mask_ratios(dict.fromkeys(list(FRAME_MASKS)[1:], 0.1) | {"identity": 0.0}).values()
+    ) == pytest.approx(1)
 
 
 def test_ratios_that_upstream_refuses_are_refused(golden: Callable[[str], Any]) -> None:

@@ -121,13 +121,15 @@ def test_a_hook_takes_only_the_arguments_that_it_names(calls: list[object]) -> N
 
 
 def test_hooks_can_be_left_out_by_name(calls: list[object]) -> None:
-    build_hooks([config("plain"), config("second")], [config("third")], without=["plain", "third"]).train_start(run=None)
+    build_hooks([config("plain"), config("second")], [config("third")], without=["plain", "third"]).train_start(
+        run=None
+    )
     assert calls == ["second"]
 
 
 @pytest.mark.usefixtures("calls")
 def test_leaving_out_what_is_not_there_comes_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match='without_hooks: no hook named "secnod" takes part. Did you mean "second"?'):
+    with pytest.raises(ConfigError, match=r'without_hooks: no hook named "secnod" takes part. Did you mean "second"?'):
         build_hooks([config("plain"), config("second")], without=["secnod"])
 
 
@@ -157,7 +159,7 @@ def test_a_hook_that_would_never_be_called_is_refused_by_name(name: str, words: 
 def test_bad_options_and_unknown_hooks_are_refused() -> None:
     with pytest.raises(ConfigError, match='Did you mean "note"'):
         build_hooks([config("plain", noet="x")])
-    with pytest.raises(ComponentError, match='No hook is named "palin". Nearest: "plain"'):
+    with pytest.raises(ComponentError, match=r'No hook is named "palin". Nearest: "plain"'):
         build_hooks([config("palin")])
 
 

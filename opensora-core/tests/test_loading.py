@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from attrs import frozen
@@ -101,7 +101,9 @@ class Squares:
         return Clip(video=video, text=f"number {key.index}", fps=8 + key.index, key=key, path=f"clip_{key.index}.mp4")
 
 
-def batches(dataset: Squares, count: int, *, position: int = 0, num_workers: int = 0, batch_size: int = 4) -> list[Batch]:
+def batches(
+    dataset: Squares, count: int, *, position: int = 0, num_workers: int = 0, batch_size: int = 4
+) -> list[Batch]:
     order = SampleOrder(len(dataset), 1)
     slicing = Slicing(batch_size=batch_size)
     endless = iter_batches(dataset, order, slicing, position=position, num_workers=num_workers)
@@ -110,7 +112,11 @@ def batches(dataset: Squares, count: int, *, position: int = 0, num_workers: int
 
 def assert_same(one: Batch, other: Batch) -> None:
     assert torch.equal(one.video, other.video)
-    assert (list(one.texts), list(one.keys), list(one.paths)) == (list(other.texts), list(other.keys), list(other.paths))
+    assert (list(one.texts), list(one.keys), list(one.paths)) == (
+        list(other.texts),
+        list(other.keys),
+        list(other.paths),
+    )
     assert list(one.failed) == list(other.failed)
     assert (one.conditioning.fps is None) == (other.conditioning.fps is None)
     if one.conditioning.fps is not None:
@@ -199,7 +205,7 @@ def test_other_errors_stop_the_run_in_their_own_words(num_workers: int) -> None:
 
 def test_workers_go_when_the_batches_do() -> None:
     def children() -> int:
-        return len(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+        return len(psutil.Process().children())
 
     before = children()
     endless = iter_batches(Squares(), SampleOrder(20, 1), Slicing(batch_size=2), num_workers=2)
@@ -240,10 +246,14 @@ def test_nothing_unreadable_leaves_no_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("num_samples", "limit", "allowed"), [(100, 0.0, 0), (100, 0.07, 7), (30, 0.1, 3), (10, 0.01, 1), (10, 1.0, 10)]
 )
-def test_more_than_the_allowed_share_stops_the_run(num_samples: int, limit: float, allowed: int, tmp_path: Path) -> None:
+def test_more_than_the_allowed_share_stops_the_run(
+    num_samples: int, limit: float, allowed: int, tmp_path: Path
+) -> None:
     policy = UnreadableFiles(tmp_path / "skipped.jsonl", num_samples=num_samples, limit=limit)
     policy.record(failed_batch(*range(allowed)))
     with pytest.raises(DataError) as caught:
         policy.record(failed_batch(allowed))
-    assert f"{allowed + 1} of {num_samples} rows can't be read, more than max_unreadable={limit:g} allows" in str(caught.value)
+    assert f"{allowed + 1} of {num_samples} rows can't be read, more than max_unreadable={limit:g} allows" in str(
+        caught.value
+    )
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == allowed + 1

@@ -98,7 +98,9 @@ def test_files_are_named_as_published(golden: Callable[[str], Any]) -> None:
             assert str(path) == row["ok"]
 
 
-@pytest.mark.parametrize("prompt", ["/etc/passwd", "../../up", "a\\b", ".hidden", "..", "", "  ", "a\x00b\nc", "x" * 400, "波" * 200])
+@pytest.mark.parametrize(
+    "prompt", ["/etc/passwd", "../../up", "a\\b", ".hidden", "..", "", "  ", "a\x00b\nc", "x" * 400, "波" * 200]
+)
 @pytest.mark.parametrize("sample_name", [None, "", "p-", "../p"])
 def test_a_prompt_never_leaves_its_folder(prompt: str, sample_name: str | None, tmp_path: Path) -> None:
     (request,) = plan([prompt], tmp_path, prompt_as_path=True, sample_name=sample_name)

@@ -93,11 +93,15 @@ def test_values_of_one_key_stay_what_they_are() -> None:
     draws = SampleDraws([SampleKey(seed=1024, index=31, epoch=2)])
     assert draws.uniform("timestep").tolist() == [0.23038792610168457]
     assert draws.integers("index", 1000, (4,)).tolist() == [[154, 313, 157, 473]]
-    torch.testing.assert_close(draws.normal("noise", (4,)), torch.tensor([[-1.48565, -0.259771, -0.195482, 1.279773]]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        draws.normal("noise", (4,)), torch.tensor([[-1.48565, -0.259771, -0.195482, 1.279773]]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_another_process_draws_the_same() -> None:
-    program = "from opensora.core import *; print(SampleDraws([SampleKey(3, 4, 5)]).integers('a', 10**6, (3,)).tolist())"
+    program = (
+        "from opensora.core import *; print(SampleDraws([SampleKey(3, 4, 5)]).integers('a', 10**6, (3,)).tolist())"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(SampleDraws([SampleKey(3, 4, 5)]).integers("a", 10**6, (3,)).tolist())
 
@@ -128,5 +132,7 @@ def test_draws_go_to_the_device() -> None:
 
 
 def test_a_generator_depends_on_its_whole_key() -> None:
-    seeds = {generator_for(*key).initial_seed() for key in [(1, "order", 0), (1, "order", 1), (2, "order", 0), (1,), ()]}
+    seeds = {
+        generator_for(*key).initial_seed() for key in [(1, "order", 0), (1, "order", 1), (2, "order", 0), (1,), ()]
+    }
     assert len(seeds) == 5

@@ -48,7 +48,9 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("place", ["file/outputs", "file", "/proc/outputs"], ids=["under a file", "a file", "proc"])
-@pytest.mark.parametrize("make", [make_folder, lambda folder: new_run_folder(folder, "X")], ids=["folder", "run folder"])
+@pytest.mark.parametrize(
+    "make", [make_folder, lambda folder: new_run_folder(folder, "X")], ids=["folder", "run folder"]
+)
 def test_a_place_that_can_not_be_written_is_named(make: Callable[[Path], Path], place: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match=f"Can't write to .*{place}: .*--outputs or --save-dir"):

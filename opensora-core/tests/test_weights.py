@@ -82,7 +82,9 @@ def test_half_precision_files_load_into_float32(state: dict[str, Tensor], tmp_pa
     ],
     ids=["state_dict", "model", "ema before model", "nested", "module.", "both"],
 )
-def test_wrappings_are_taken_off(wrap: Callable[[dict[str, Tensor]], object], state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_wrappings_are_taken_off(
+    wrap: Callable[[dict[str, Tensor]], object], state: dict[str, Tensor], tmp_path: Path
+) -> None:
     torch.save(wrap(state), tmp_path / "a.pt")
     assert_loads(tmp_path / "a.pt", state)
 
@@ -118,7 +120,7 @@ class Harmful:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda value, path: torch.save(value, path),
+        torch.save,
         lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
         lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)),
         lambda value, path: path.write_bytes(pickle.dumps(value)),
@@ -131,7 +133,7 @@ def test_code_in_a_pickle_is_never_run(
     harm = tmp_path / "harm"
     monkeypatch.setenv("HARM", str(harm))
     write({"first.weight": torch.ones(4, 3), "x": Harmful()}, tmp_path / "a.pt")
-    with pytest.raises(WeightsError, match=r"a\.pt (holds more than tensors \(posix\.mkdir\).*could run code|can't be read)"):
+    with pytest.raises(WeightsError, match=r"a\.pt (holds more than tensors \([\w.]+\).*could run code|can't be read)"):
         load_weights(Small(), tmp_path / "a.pt")
     assert not harm.exists()
 
@@ -143,7 +145,9 @@ def test_a_file_that_needs_code_comes_with_a_line_that_converts_it(state: dict[s
     message = str(caught.value)
     assert "a.pt holds more than tensors (argparse.Namespace)" in message
     assert "\x1b" not in message
-    line = message[message.index("python -c") :].replace("FILE", "a.pt", 1).replace("NEW.safetensors", "new.safetensors")
+    line = (
+        message[message.index("python -c") :].replace("FILE", "a.pt", 1).replace("NEW.safetensors", "new.safetensors")
+    )
     program = [sys.executable, *shlex.split(line)[1:]]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -164,7 +168,9 @@ def other(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [cut, empty, other, Path.unlink], ids=["cut short", "empty", "a web page", "missing"])
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "old format"])
-def test_damaged_files_say_so(spoil: Callable[[Path], None], kind: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_damaged_files_say_so(
+    spoil: Callable[[Path], None], kind: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
     path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pt")
     if kind == "safetensors":
         save_file(state, path)
@@ -241,7 +247,9 @@ def test_open_soras_training_checkpoints(state: dict[str, Tensor], tmp_path: Pat
     assert_loads(folder.parent, state)
 
 
-@pytest.mark.parametrize("entries", [[], ["manifest.json"], ["config.json", "README.md"]], ids=["empty", "manifest", "other"])
+@pytest.mark.parametrize(
+    "entries", [[], ["manifest.json"], ["config.json", "README.md"]], ids=["empty", "manifest", "other"]
+)
 def test_a_folder_without_weights_says_what_was_looked_for(entries: list[str], tmp_path: Path) -> None:
     for entry in entries:
         (tmp_path / entry).write_text("{}")
@@ -284,12 +292,16 @@ def test_a_run_without_a_whole_checkpoint_says_so(run: Path) -> None:
 def test_the_hub_out_of_reach_is_a_clear_error() -> None:
     program = "from opensora.core.weights import locate_weights; locate_weights('some-org/some-model')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
     assert 'WeightsError: "some-org/some-model" is no local path, and the hub has not given it' in done.stderr
     assert "Check the id and the network" in done.stderr
 
 
-@pytest.mark.parametrize("source", ["nowhere", "./org/name", "/a/b", "a/b/c", "folder/file.safetensors", "folder/file.pt"])
+@pytest.mark.parametrize(
+    "source", ["nowhere", "./org/name", "/a/b", "a/b/c", "folder/file.safetensors", "folder/file.pt"]
+)
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source: str) -> None:
     with pytest.raises(WeightsError, match=f"There is no file or folder {re.escape(source)}"):
         locate_weights(source)
@@ -346,7 +358,7 @@ def test_partial_accepts_neither_nothing_nor_other_shapes(content: dict[str, Ten
     save_file(content, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match="don't fit") as caught:
         load_weights(Small(), tmp_path / "a.safetensors", partial=True)
-    assert "partial" not in str(caught.value)
+    assert "model.partial" not in str(caught.value)
 
 
 def test_a_model_may_adapt_published_weights(state: dict[str, Tensor], tmp_path: Path) -> None:

@@ -74,7 +74,14 @@ def main() -> None:
         found = int(find_checkpoint(run).name.removeprefix("step-"))
         whole = [is_whole(path, step) for path, step in zip(list_checkpoints(run), steps, strict=True)]
         names = sorted(path.name for path in (run / "checkpoints").iterdir())
-        report = {"found": found, "promised": promised, "steps": steps, "whole": whole, "leftovers": leftovers, "after sweep": names}
+        report = {
+            "found": found,
+            "promised": promised,
+            "steps": steps,
+            "whole": whole,
+            "leftovers": leftovers,
+            "after sweep": names,
+        }
         print(json.dumps(report), flush=True)
 
 

@@ -1,0 +1,500 @@
+"""The conformance kit passes what conforms, and says of what doesn't which promise is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opensora.core import ComponentError, components
+from opensora.core.testing import Report, check, check_denoiser, check_scheduler, check_text_encoder, check_vae
+
+DENOISERS = '''
+import torch
+from attrs import frozen
+from torch import nn
+
+@frozen(kw_only=True)
+class Spec:
+    width: int = 8
+
+class Good(nn.Module):
+    """Told everything; small."""
+
+    Spec = Spec
+    condition_dropout = 0.1
+
+    def __init__(self, spec, *, latent_channels, text_width):
+        super().__init__()
+        self.width = spec.width
+        self.before = nn.Conv3d(latent_channels, spec.width, 1)
+        self.after = nn.Conv3d(spec.width, latent_channels, 1)
+        self.time = nn.Linear(1, spec.width)
+        if text_width is None:
+            self.labels = nn.Embedding(4, spec.width)
+        else:
+            self.text = nn.Linear(text_width, spec.width)
+        self.null = nn.Parameter(torch.zeros(spec.width))
+
+    def told(self, conditioning):
+        if conditioning.labels is not None:
+            told = self.labels(conditioning.labels)
+        else:
+            told = self.text((conditioning.text_embedding * conditioning.text_mask[..., None]).mean(1))
+        if conditioning.dropped is not None:
+            told = torch.where(conditioning.dropped[:, None], self.null, told)
+        return told
+
+    def hidden(self, latents, timestep, conditioning):
+        shift = self.time(timestep[:, None] / 1000) + self.told(conditioning)
+        return self.before(latents) + shift[:, :, None, None, None]
+
+    def forward(self, latents, timestep, conditioning):
+        return self.after(nn.functional.silu(self.hidden(latents, timestep, conditioning)))
+
+class Dropout(Good):
+    def forward(self, latents, timestep, conditioning):
+        hidden = nn.functional.dropout(self.hidden(latents, timestep, conditioning), 0.5, self.training)
+        return self.after(hidden)
+
+class TwoHalves(Good):
+    def forward(self, *arguments):
+        prediction = super().forward(*arguments)
+        return torch.cat([prediction, prediction], 1)
+
+class IgnoresDropped(Good):
+    def told(self, conditioning):
+        return super().told(conditioning.replace(dropped=None)) + 0 * self.null
+
+class DropsNothing(Good):
+    def told(self, conditioning):
+        return super().told(conditioning.unconditional()) + 0 * (self.text.weight.sum() + self.text.bias.sum())
+
+class BatchNorm(Good):
+    def __init__(self, spec, **keywords):
+        super().__init__(spec, **keywords)
+        self.norm = nn.BatchNorm3d(spec.width)
+
+    def hidden(self, *arguments):
+        return self.norm(super().hidden(*arguments))
+
+class BatchMean(Good):
+    def forward(self, latents, timestep, conditioning):
+        return super().forward(latents - latents.mean(0), timestep, conditioning)
+
+class Dead(Good):
+    def __init__(self, spec, **keywords):
+        super().__init__(spec, **keywords)
+        self.forgotten = nn.Parameter(torch.ones(3))
+
+class WrongShape(Good):
+    def forward(self, *arguments):
+        return super().forward(*arguments)[..., :-1]
+
+class WrongDtype(Good):
+    def forward(self, *arguments):
+        return super().forward(*arguments).double()
+
+class NotFinite(Good):
+    def forward(self, *arguments):
+        return super().forward(*arguments) / 0
+
+class Random(Good):
+    def forward(self, *arguments):
+        return super().forward(*arguments) + torch.randn(())
+
+class Raises(Good):
+    def forward(self, *arguments):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+class NoFrameMask(Good):
+    def forward(self, latents, timestep, conditioning):
+        assert conditioning.frame_mask is None, "no frame masks here"
+        return super().forward(latents, timestep, conditioning)
+
+class RealDevice(Good):
+    def __init__(self, spec, **keywords):
+        super().__init__(spec, **keywords)
+        self.table = nn.Parameter(torch.zeros(3, device="cpu"))
+
+class HiddenState(Good):
+    def __init__(self, spec, **keywords):
+        super().__init__(spec, **keywords)
+        self.register_buffer("secret", torch.randn(1), persistent=False)
+
+    def forward(self, *arguments):
+        return super().forward(*arguments) + self.secret
+
+class NoModule:
+    Spec = Spec
+
+    def __init__(self, spec): ...
+'''
+
+VAES = """
+import torch
+from attrs import frozen
+from torch import nn
+
+@frozen(kw_only=True)
+class Spec:
+    scale: float = 2.0
+
+class Good(nn.Module):
+    Spec = Spec
+    latent_channels = 3
+
+    def __init__(self, spec):
+        super().__init__()
+        self.scale = spec.scale
+
+    def latent_size(self, size):
+        frames, height, width = size
+        return frames, height // 2, width // 2
+
+    def encode(self, video, *, draws=None):
+        latents = video[..., ::2, ::2] * self.scale
+        return latents if draws is None else latents + 0.1 * draws.normal("posterior", latents.shape[1:])
+
+    def decode(self, latents, *, num_frames):
+        return latents.repeat_interleave(2, -1).repeat_interleave(2, -2)[:, :, :num_frames] / self.scale
+
+class WrongSize(Good):
+    def latent_size(self, size):
+        return size
+
+class GlobalNoise(Good):
+    def encode(self, video, *, draws=None):
+        return super().encode(video) + torch.randn(())
+
+class BatchMean(Good):
+    def encode(self, video, *, draws=None):
+        return super().encode(video - video.mean(0), draws=draws)
+
+class TooManyFrames(Good):
+    def decode(self, latents, *, num_frames):
+        return super().decode(torch.cat([latents, latents], 2), num_frames=num_frames + 1)
+
+class Raises(Good):
+    def encode(self, video, *, draws=None):
+        raise ValueError("no such size")
+"""
+
+ENCODERS = '''
+import torch
+from attrs import frozen
+from opensora.core import Conditioning
+from torch import nn
+
+@frozen(kw_only=True)
+class Spec:
+    width: int = 4
+
+class Good:
+    Spec = Spec
+    max_length = 5
+
+    def __init__(self, spec):
+        self.width = spec.width
+
+    def encode(self, prompts):
+        lengths = torch.tensor([[1 + len(prompt.split())] for prompt in prompts]).clamp(max=5)
+        values = torch.tensor([float(len(prompt)) for prompt in prompts])
+        return Conditioning(
+            text_embedding=values[:, None, None].expand(-1, 5, self.width).clone(), text_mask=torch.arange(5)[None] < lengths
+        )
+
+class Labels(Good):
+    def __init__(self, spec):
+        self.width = None
+
+    def encode(self, prompts):
+        return Conditioning(labels=torch.tensor([len(prompt) for prompt in prompts]))
+
+class DropsOut(nn.Module):
+    """In training mode until someone says otherwise."""
+
+    Spec, max_length, width = Spec, 5, 4
+
+    def __init__(self, spec):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def encode(self, prompts):
+        return Conditioning(text_embedding=self.drop(torch.ones(len(prompts), 5, 4)))
+
+class FloatMask(Good):
+    def encode(self, prompts):
+        told = super().encode(prompts)
+        return told.replace(text_mask=told.text_mask.float())
+
+class NoToken(Good):
+    def encode(self, prompts):
+        told = super().encode(prompts)
+        return told.replace(text_mask=torch.tensor([[bool(prompt)] * 5 for prompt in prompts]))
+
+class Short(Good):
+    def encode(self, prompts):
+        return Conditioning(text_embedding=super().encode(prompts).text_embedding[:, :3])
+
+class PaddedToTheLongest(Good):
+    def encode(self, prompts):
+        told = super().encode(prompts)
+        return told.replace(text_mask=told.text_mask[:1].expand(len(prompts), -1).clone())
+
+class Nothing(Good):
+    def encode(self, prompts):
+        return Conditioning()
+'''
+
+SCHEDULERS = '''
+import torch
+from attrs import frozen
+from opensora.core import SampleState
+
+@frozen(kw_only=True)
+class Spec:
+    num_sampling_steps: int = 4
+
+def column(values):
+    return values.view(-1, 1, 1, 1, 1)
+
+class Good:
+    """Rectified flow in a few lines."""
+
+    Spec = Spec
+    num_timesteps = 1000
+
+    def __init__(self, spec):
+        self.steps = spec.num_sampling_steps
+
+    def errors(self, denoiser, latents, conditioning, draws):
+        timestep = 1000 * draws.uniform("timestep")
+        noise = draws.normal("noise", latents.shape[1:])
+        level = column(timestep / 1000)
+        kept = conditioning.frame_mask
+        if kept is None:
+            kept = torch.ones(latents.shape[:1] + latents.shape[2:3]).bool()
+        kept = kept[:, None, :, None, None]
+        mixed = torch.where(kept, (1 - level) * latents + level * noise, latents * 0)
+        prediction = denoiser(mixed, timestep, conditioning)[:, :latents.shape[1]]
+        return (prediction - latents + noise).square() * kept
+
+    def loss(self, denoiser, latents, conditioning, *, draws, timestep=None):
+        return self.errors(denoiser, latents, conditioning, draws).mean((1, 2, 3, 4))
+
+    def sample(self, denoiser, noise, conditioning, *, draws, frame_mask=None):
+        latents = noise
+        for step in range(self.steps):
+            time = 1000.0 * (1 - step / self.steps)
+            velocity = denoiser(latents, torch.full((len(latents),), time), conditioning)[:, :latents.shape[1]]
+            latents = latents + velocity / self.steps
+            yield SampleState(step=step, num_steps=self.steps, timestep=time, latents=latents, denoised=latents)
+
+class MeanOverTheBatch(Good):
+    def loss(self, *arguments, draws, timestep=None):
+        return super().loss(*arguments, draws=draws).mean()
+
+class MixesTheBatch(Good):
+    def loss(self, *arguments, draws, timestep=None):
+        losses = super().loss(*arguments, draws=draws)
+        return losses / losses.sum()
+
+class Detached(Good):
+    def loss(self, *arguments, draws, timestep=None):
+        return super().loss(*arguments, draws=draws).detach()
+
+class CountsGivenFrames(Good):
+    def loss(self, denoiser, latents, conditioning, *, draws, timestep=None):
+        return super().loss(denoiser, latents, conditioning.replace(frame_mask=None), draws=draws)
+
+class GlobalNoise(Good):
+    def sample(self, denoiser, noise, conditioning, *, draws, frame_mask=None):
+        return super().sample(denoiser, noise + torch.randn(()), conditioning, draws=draws)
+
+class Backwards(Good):
+    def sample(self, *arguments, draws, frame_mask=None):
+        yield from reversed(list(super().sample(*arguments, draws=draws)))
+
+class NoSteps(Good):
+    def sample(self, *arguments, draws, frame_mask=None):
+        return iter(())
+
+class MixesWhenSampling(Good):
+    def sample(self, denoiser, noise, conditioning, *, draws, frame_mask=None):
+        return super().sample(denoiser, noise - noise.mean(0), conditioning, draws=draws)
+'''
+
+
+def classes(source: str) -> list[str]:
+    return [line.split()[1].partition("(")[0].rstrip(":") for line in source.splitlines() if line.startswith("class ")]
+
+
+@pytest.fixture(autouse=True)
+def kit(install: Callable[..., Path]) -> None:
+    """All of the above, installed; each by the name of its class."""
+    sources = {"models": DENOISERS, "vaes": VAES, "text_encoders": ENCODERS, "schedulers": SCHEDULERS}
+    for kind, source in sources.items():
+        module = f"{kind}_of_testing_kit"
+        entries = {f"kit-{name}": f"{module}:{name}" for name in classes(source) if name != "Spec"}
+        install(f"kit-{kind}", {f"opensora.{kind}": entries}, {f"{module}.py": source})
+
+
+def failure(checker: Callable[..., Report], name: str, **options: Any) -> str:
+    with pytest.raises(AssertionError) as caught:
+        checker(f"kit-{name}", **options)
+    message = str(caught.value)
+    assert message.startswith(f"kit-{name}: ")
+    return message
+
+
+# ---- denoisers
+
+ALL_OF_A_DENOISER = [
+    "is an nn.Module",
+    "builds on the meta device",
+    "output is [B, C or 2C, T, H, W], float32 and finite",
+    "is deterministic in eval mode",
+    "a sample doesn't depend on the others in its batch",
+    "takes a frame mask",
+    "text or label has no influence where it is dropped",
+    "a sample doesn't depend on the others in its batch while training either",
+    "gradients reach every trained parameter",
+    "saves and loads to the same outputs",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Good", {}),
+        ("Good", {"width": 5, "latent_channels": 3, "latent_size": (1, 2, 2), "text_length": 9}),
+        ("Good", {"text_width": None}),
+        ("TwoHalves", {}),
+        ("Dropout", {}),
+    ],
+    ids=["text", "other sizes", "labels", "with variance", "random while training"],
+)
+def test_a_good_denoiser_passes_every_check(name: str, options: dict[str, Any]) -> None:
+    passed: list[str] = []
+    report = check_denoiser(f"kit-{name}", on_pass=passed.append, **options)
+    assert report.passed == passed == ALL_OF_A_DENOISER
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("IgnoresDropped", "text or label has no influence where it is dropped"),
+        ("DropsNothing", "dropping changes nothing: is `dropped` ignored?"),
+        ("BatchNorm", "a sample doesn't depend on the others in its batch while training either"),
+        ("BatchMean", "a sample doesn't depend on the others in its batch: "),
+        ("Dead", "gradients reach every trained parameter: AssertionError: no gradient for ['forgotten']"),
+        ("WrongShape", "got [3, 4, 2, 8, 7], expected one of ([3, 4, 2, 8, 8], [3, 8, 2, 8, 8])"),
+        ("WrongDtype", "float32 and finite: AssertionError: got torch.float64"),
+        ("NotFinite", "not all finite"),
+        ("Random", "is deterministic in eval mode"),
+        ("Raises", "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("NoFrameMask", "takes a frame mask: AssertionError: no frame masks here"),
+        ("RealDevice", "a parameter was built on a real device"),
+        ("HiddenState", "saves and loads to the same outputs"),
+        ("NoModule", "is an nn.Module: AssertionError: got a NoModule"),
+    ],
+)
+def test_a_broken_denoiser_fails_in_readable_words(name: str, words: str) -> None:
+    assert words in failure(check_denoiser, name)
+
+
+def test_checking_leaves_the_global_random_numbers_alone_and_repeats() -> None:
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    check_denoiser("kit-Good")
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# ---- autoencoders, text encoders, schedulers
+
+
+def test_good_ones_pass() -> None:
+    assert len(check_vae("kit-Good").passed) == 4
+    assert len(check_vae("kit-Good", size=(1, 8, 6), scale=3.0).passed) == 4
+    assert len(check_text_encoder("kit-Good").passed) == 2
+    assert len(check_text_encoder("kit-Labels", prompts=["0", "1", "22"]).passed) == 2
+    assert len(check_text_encoder("kit-DropsOut").passed) == 2
+    assert len(check_scheduler("kit-Good").passed) == 8
+    assert len(check_scheduler("kit-Good", samples=False).passed) == 4
+    assert len(check_scheduler("kit-Good", trains=False, num_sampling_steps=2).passed) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("WrongSize", "announced channels and size: AssertionError: got [2, 3, 3, 16, 24], expected [2, 3, 3, 32, 48]"),
+        ("GlobalNoise", "encoding is the same for the same draws"),
+        ("BatchMean", "a video doesn't depend on the others in its batch"),
+        ("TooManyFrames", "got [2, 3, 4, 32, 48]"),
+        ("Raises", "ValueError: no such size"),
+    ],
+)
+def test_a_broken_autoencoder_fails_in_readable_words(name: str, words: str) -> None:
+    assert words in failure(check_vae, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("FloatMask", "mask is torch.float32"),
+        ("NoToken", "a prompt without any token"),
+        ("Short", "got [3, 3, 4], expected [3, 5, 4]"),
+        ("PaddedToTheLongest", "encodes alike again, and alone"),
+        ("Nothing", "text_embedding is missing"),
+    ],
+)
+def test_a_broken_text_encoder_fails_in_readable_words(name: str, words: str) -> None:
+    assert words in failure(check_text_encoder, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("MeanOverTheBatch", "loss is [B] and finite: AssertionError: got []"),
+        ("MixesTheBatch", "loss is the same for the same draws, whatever the batch"),
+        ("Detached", "loss has a gradient"),
+        ("CountsGivenFrames", "frames that are given don't count in the loss"),
+        ("GlobalNoise", "sampling again gives the same"),
+        ("Backwards", "sampling yields its state at each step"),
+        ("NoSteps", "not one state"),
+        ("MixesWhenSampling", "sampling alone gives the same as in a batch"),
+    ],
+)
+def test_a_broken_scheduler_fails_in_readable_words(name: str, words: str) -> None:
+    assert words in failure(check_scheduler, name)
+
+
+# ---- by kind
+
+
+@pytest.mark.parametrize("kind", ["models", "vaes", "text_encoders", "schedulers"])
+def test_check_chooses_by_kind(kind: str) -> None:
+    passed: list[str] = []
+    assert check(kind, "kit-Good", on_pass=passed.append).passed == passed
+    assert passed
+
+
+def test_kinds_without_checks_and_unknown_names_are_refused() -> None:
+    with pytest.raises(ComponentError, match='no checks for kind "hooks"; there are for models, schedulers'):
+        check("hooks", "console")
+    with pytest.raises(AssertionError, match='No model is named "kit-Goood"'):
+        check("models", "kit-Goood")
+
+
+def test_every_class_above_is_tried() -> None:
+    """A broken component without a test would say nothing."""
+    text = Path(__file__).read_text()
+    names = [
+        one.name for kind in ("models", "vaes", "text_encoders", "schedulers") for one in components.available(kind)
+    ]
+    for name in (name.removeprefix("kit-") for name in names if name.startswith("kit-")):
+        assert f'"{name}"' in text or f'"kit-{name}"' in text, name
