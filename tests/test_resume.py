@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from runs import Command, command_line, environment, losses, tiny_training, weights
@@ -19,46 +20,33 @@ def train(command: Command, config: Path, folder: Path, *flags: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def kill_after(seconds: float, arguments: list[str], cwd: Path, number: int = signal.SIGKILL) -> int:
-    """Start a command, signal it (and what it started) after a while, and return its exit code."""
+def kill_while_it_trains(arguments: list[str], folder: Path, delay_s: float, cwd: Path) -> bool:
+    """Start a command and kill it, ``delay_s`` after it has logged a step. Returns whether the kill came before its end."""
+    metrics, begin = folder / "metrics.jsonl", time.time()
     process = subprocess.Popen(
-        arguments,
-        cwd=cwd,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        arguments, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        if number == signal.SIGKILL:
-            import os
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime > begin + 0.2):
+        time.sleep(0.005)
+    time.sleep(delay_s)
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    was_killed = process.wait(60) == -signal.SIGKILL
+    _, survivors = psutil.wait_procs(children, timeout=20)
+    assert not survivors, "processes of the killed run live on"
+    return was_killed
 
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-    return process.wait(60)
 
-
-def kill_and_resume(config: Path, folder: Path, kills: int, cwd: Path, *flags: object, longest: float = 9.0) -> int:
-    """Kill a run at random moments, resume it each time, and let it end. Returns how many kills hit it while it ran."""
-    generator, hits = random.Random(5), 0
+def kill_and_resume(config: Path, folder: Path, kills: int, cwd: Path, *flags: object) -> int:
+    """Kill a run at random moments, resume it each time, and let it end. Returns how many kills left a half-written save."""
+    chance, in_saves = random.Random(5), 0
+    resuming = command_line("opensora-run", config, "--run-folder", folder, "--resume", True, *flags)
     for _ in range(kills):
-        load = ["--load", folder] if list((folder / "checkpoints").glob("step-*")) else ["--run-folder", folder]
-        arguments = command_line("opensora-run", config, *load, *flags)
-        hits += kill_after(generator.uniform(2.5, longest), arguments, cwd) == -signal.SIGKILL
-    load = ["--load", folder] if list((folder / "checkpoints").glob("step-*")) else ["--run-folder", folder]
-    done = subprocess.run(
-        command_line("opensora-run", config, *load, *flags),
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        assert kill_while_it_trains(resuming, folder, chance.uniform(0.0, 0.6), cwd)
+        in_saves += any((folder / "checkpoints").glob(".step-*"))
+    done = subprocess.run(resuming, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return hits
+    return in_saves
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -70,9 +58,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_killed_run_resumes_bit_for_bit(
     command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = write(tiny_training(clips, max_steps=120, ckpt_every=1))
+    config = write(tiny_training(clips, max_steps=150, ckpt_every=1))
     train(command, config, tmp_path / "whole")
-    assert kill_and_resume(config, tmp_path / "killed", 3, tmp_path, longest=6.0)
+    kill_and_resume(config, tmp_path / "killed", 3, tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -82,11 +70,11 @@ def test_killed_run_resumes_bit_for_bit(
 def test_run_killed_twenty_times_resumes_bit_for_bit(
     processes: int, command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = write(tiny_training(clips, max_steps=1500, ckpt_every=2, batch_size=8 // processes))
+    config = write(tiny_training(clips, max_steps=1000, ckpt_every=1, batch_size=8 // processes))
     flags = ["--nproc", processes] if processes > 1 else []
     train(command, config, tmp_path / "whole", *flags)
-    hits = kill_and_resume(config, tmp_path / "killed", 20, tmp_path, *flags, longest=12.0)
-    assert hits >= 15
+    in_saves = kill_and_resume(config, tmp_path / "killed", 20, tmp_path, *flags)
+    assert in_saves >= 3, "too few of the kills hit a save"
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -130,3 +118,64 @@ def test_resuming_what_is_no_checkpoint_says_so(
     assert done.returncode == 2
     assert "nowhere" in done.stderr
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(
+    command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write(tiny_training(clips, max_steps=2))
+    train(command, config, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    done = command("opensora-run", config, "--run-folder", tmp_path / "run")
+    assert done.returncode == 2
+    assert "holds a run already" in done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_an_earlier_checkpoint_branches_into_a_new_run(
+    command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write(tiny_training(clips, max_steps=6, ckpt_every=2, keep_last=0))
+    train(command, config, tmp_path / "run")
+    done = command("opensora-run", config, "--load", tmp_path / "run" / "checkpoints" / "step-000002")
+    assert done.returncode == 0, done.stderr
+    (branch,) = (tmp_path / "outputs").iterdir()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[0] == "step-000002"
+    for key, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, weights(branch)[key]), key
+
+
+def test_loading_another_models_checkpoint_leaves_the_run_as_it_was(
+    command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write(tiny_training(clips, max_steps=2))
+    train(command, config, tmp_path / "run")
+    before = (tmp_path / "run" / "config.py").read_text()
+    done = command("opensora-run", config, "--load", tmp_path / "run", "--model.hidden_size", 64)
+    assert done.returncode == 2, done.stderr
+    assert "does not fit" in done.stderr
+    assert (tmp_path / "run" / "config.py").read_text() == before
+    assert command("opensora-run", tmp_path / "run" / "config.py", "--load", tmp_path / "run").returncode == 0
+
+
+def test_optimizer_options_are_those_of_the_config_after_resuming(
+    command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    train(command, write(tiny_training(clips, max_steps=2)), tmp_path / "run")
+    changed = write(tiny_training(clips, max_steps=4, weight_decay=0.1), "changed.py")
+    done = command("opensora-run", changed, "--load", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    (group,) = torch.load(newest / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.1
+
+
+def test_two_runs_do_not_share_a_folder(
+    command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    from opensora.core.run_folder import held, make_folder
+
+    with held(make_folder(tmp_path / "run")):
+        done = command("opensora-run", write(tiny_training(clips)), "--run-folder", tmp_path / "run")
+    assert done.returncode == 2
+    assert "Another run" in done.stderr

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from opensora.core import Conditioning, MachineError
-from opensora.core.accelerator import Single, SingleSpec, choose_device, choose_dtype
+from opensora.core import CheckpointError, Conditioning, MachineError
+from opensora.core.accelerator import Accelerator, Single, SingleSpec, choose_device, choose_dtype
 from opensora.core.machine import probe_dtype
 
 
@@ -80,25 +80,37 @@ def test_alone_among_processes(single: Single) -> None:
         assert single.is_main
         assert (single.rank, single.world_size) == (0, 1)
         assert single.mean(torch.tensor(3.0)) == 3
-        assert [single.any(True), single.any(False)] == [True, False]
+        assert single.highest(3) == 3
         assert single.broadcast({"a": 1}) == {"a": 1}
-        with single.main_first() as is_main:
-            assert is_main
+        assert single.from_main(lambda: "found") == "found"
         assert single.scaler_state() == {}
         single.load_scaler_state({"scale": 2.0})
 
 
-def test_others_are_let_go_when_the_main_process_fails_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Counting(Single):
-        barriers = 0
+def test_an_error_of_the_main_process_alone_is_raised(single: Single) -> None:
+    def fail() -> str:
+        raise CheckpointError("There is no checkpoint.")
 
-        def barrier(self) -> None:
-            self.barriers += 1
+    with pytest.raises(CheckpointError, match=r"There is no checkpoint\."):
+        single.from_main(fail)
+    with pytest.raises(ZeroDivisionError):
+        single.from_main(lambda: 1 / 0)
 
-    accelerator = Counting(SingleSpec(), device="cpu", dtype="fp32")
-    with pytest.raises(ValueError, match="download failed"), accelerator.main_first():
-        raise ValueError("download failed")
-    assert accelerator.barriers == 1
+
+def test_other_processes_take_what_the_main_one_found() -> None:
+    class Other(Accelerator):
+        rank, said = 1, None
+
+        def broadcast(self, value: object) -> object:
+            assert value is None
+            return self.said
+
+    other = Other(SingleSpec(), device="cpu", dtype="fp32")
+    other.said = "outputs/003"
+    assert other.from_main(lambda: pytest.fail("only the main process looks")) == "outputs/003"
+    other.said = CheckpointError("There is no checkpoint.")
+    with pytest.raises(CheckpointError):
+        other.from_main(lambda: pytest.fail("only the main process looks"))
 
 
 def test_the_default_is_fp32_on_a_cpu() -> None:

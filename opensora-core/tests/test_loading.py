@@ -238,13 +238,29 @@ def test_unreadable_rows_are_listed_once_and_said(tmp_path: Path, caplog: pytest
     assert f"clip_8.mp4 is cut short. Skipped; 2 of 100 rows so far, listed in {listing}" in caplog.text
 
 
+def test_no_share_allows_that_nothing_can_be_read(tmp_path: Path) -> None:
+    policy = UnreadableFiles(tmp_path / "skipped.jsonl", num_samples=3, limit=1.0)
+    policy.record(failed_batch(0, 2))
+    with pytest.raises(DataError, match=r"None of the 3 rows can be read; they are listed in .*skipped\.jsonl"):
+        policy.record(failed_batch(1))
+
+
+def test_processes_that_share_a_list_count_each_row_once(tmp_path: Path) -> None:
+    policies = [UnreadableFiles(tmp_path / "skipped.jsonl", num_samples=100, limit=0.03) for _ in range(2)]
+    policies[0].record(failed_batch(1, 2))
+    policies[1].record(failed_batch(2, 3))
+    assert [json.loads(line)["row"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == [1, 2, 3]
+    with pytest.raises(DataError, match="4 of 100 rows"):
+        policies[0].record(failed_batch(4))
+
+
 def test_nothing_unreadable_leaves_no_list(tmp_path: Path) -> None:
     UnreadableFiles(tmp_path / "skipped.jsonl", num_samples=100, limit=0.0).record(failed_batch())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "limit", "allowed"), [(100, 0.0, 0), (100, 0.07, 7), (30, 0.1, 3), (10, 0.01, 1), (10, 1.0, 10)]
+    ("num_samples", "limit", "allowed"), [(100, 0.0, 0), (100, 0.07, 7), (30, 0.1, 3), (10, 0.01, 1), (10, 0.75, 8)]
 )
 def test_more_than_the_allowed_share_stops_the_run(
     num_samples: int, limit: float, allowed: int, tmp_path: Path

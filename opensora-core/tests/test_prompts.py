@@ -131,11 +131,16 @@ def test_long_prompts_with_a_common_start_get_names_of_their_own() -> None:
 
 def test_each_prompt_and_repeat_has_a_seed_of_its_own() -> None:
     requests = plan(["a", "b"], num_sample=3, first_index=5)
-    assert [request.seed for request in requests] == [42, 43, 44, 45, 46, 47]
+    assert [request.seed for request in requests] == [57, 58, 59, 60, 61, 62]
     assert [request.path.name for request in requests] == [
         *("sample_0005-0.mp4", "sample_0005-1.mp4", "sample_0005-2.mp4"),
         *("sample_0006-0.mp4", "sample_0006-1.mp4", "sample_0006-2.mp4"),
     ]
+
+
+def test_a_part_of_the_prompts_makes_the_same_videos_as_the_whole() -> None:
+    whole = plan(["a", "b", "c"], num_sample=2)
+    assert plan(["c"], num_sample=2, first_index=2) == whole[4:]
 
 
 def test_scores_go_to_the_encoder_and_not_into_names() -> None:

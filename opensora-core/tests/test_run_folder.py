@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 
 from opensora.core import MachineError
-from opensora.core.run_folder import append_jsonl, logging_to, make_folder, new_run_folder, read_jsonl, write_atomically
+from opensora.core.run_folder import (
+    append_jsonl,
+    held,
+    logging_to,
+    make_folder,
+    new_run_folder,
+    read_jsonl,
+    write_atomically,
+)
 
 
 def test_folders_are_numbered_and_named_as_published(golden: Callable[[str], Any], tmp_path: Path) -> None:
@@ -36,6 +44,8 @@ def test_the_next_number_follows_the_highest_whatever_else_is_there(tmp_path: Pa
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path) -> None:
     start = threading.Barrier(8)
+    for number in range(2000):  # so that looking takes a while, and all look before the first has made its folder
+        (tmp_path / f"stray-{number}").touch()
 
     def make(_: int) -> Path:
         start.wait()
@@ -44,7 +54,7 @@ def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path) -> Non
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(make, range(8)))
     assert sorted(folder.name for folder in folders) == [f"{number:03d}-X" for number in range(8)]
-    assert sorted(tmp_path.iterdir()) == sorted(folders)
+    assert sorted(path for path in tmp_path.iterdir() if path.is_dir()) == sorted(folders)
 
 
 @pytest.mark.parametrize("place", ["file/outputs", "file", "/proc/outputs"], ids=["under a file", "a file", "proc"])
@@ -113,7 +123,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert "File too large" in limited.stderr
+    assert "config.py can't be written: File too large" in limited.stderr
     assert path.read_text(encoding="utf-8") == "new ä"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -142,3 +152,26 @@ def test_a_resumed_run_goes_on_with_its_log(tmp_path: Path) -> None:
 def test_records_are_plain_json(tmp_path: Path) -> None:
     append_jsonl(tmp_path / "a.jsonl", {"row": 3, "reason": 'it said "no"'})
     assert json.loads((tmp_path / "a.jsonl").read_text()) == {"row": 3, "reason": 'it said "no"'}
+
+
+def test_two_runs_can_not_be_in_one_folder(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(MachineError, match=f"Another run is writing to {tmp_path}"), held(tmp_path):
+        pytest.fail("both are in")
+    with held(tmp_path):
+        pass
+
+
+def test_a_killed_run_lets_its_folder_go(tmp_path: Path) -> None:
+    program = (
+        "import os, pathlib, signal, sys; from opensora.core.run_folder import held\n"
+        "with held(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path], check=False)
+    with held(tmp_path):
+        pass
+
+
+def test_a_line_that_can_not_be_written_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(MachineError, match=r"metrics\.jsonl can't be written: Is a directory"):
+        append_jsonl(tmp_path / "metrics.jsonl", {"step": 1})

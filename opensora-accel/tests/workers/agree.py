@@ -42,9 +42,9 @@ def unused_parameter(accelerator: DDP) -> str:
     return "no error"
 
 
-def order_of_main_first(accelerator: DDP) -> bool:
+def order_of_from_main(accelerator: DDP) -> bool:
     """Whether the main process's file was there when the other came."""
-    with accelerator.main_first() as is_main:
+    with accelerator.from_main() as is_main:
         if is_main:
             time.sleep(0.2)
             (FOLDER / "made").touch()
@@ -62,7 +62,7 @@ with DDP(DDPSpec(timeout_s=60), device="cpu") as accelerator:
         "any": [accelerator.any(flag) for flag in (False, True, rank == 1)],
         "mean": accelerator.mean(torch.tensor([rank, 10.0 + 2 * rank])),
         "broadcast": accelerator.broadcast({"folder": FOLDER / str(rank), "error": None}),
-        "main first": order_of_main_first(accelerator),
+        "main first": order_of_from_main(accelerator),
         "unused": unused_parameter(accelerator),
     }
     torch.save(results, FOLDER / f"{rank}.pt")

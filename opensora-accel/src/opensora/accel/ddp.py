@@ -23,7 +23,7 @@ from attrs.validators import gt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from opensora.core.accelerator import DtypeName, Single
+from opensora.core.accelerator import Accelerator, DtypeName
 from opensora.core.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class DDPSpec:
     """How long a process waits for the others, for example while one of them writes a checkpoint."""
 
 
-class DDP(Single):
+class DDP(Accelerator):
     """One process per device, as torchrun starts them, with gradients averaged over all.
 
     Flags and objects go over gloo, from CPU to CPU, so that asking each step whether to stop doesn't wait for a GPU.
@@ -65,7 +65,7 @@ class DDP(Single):
         Args:
             spec: The options.
             device: ``cuda`` or None is the GPU of this process's number on its machine; None without GPUs is the CPU.
-            dtype: As `Single`.
+            dtype: As `Accelerator`.
 
         Raises:
             MachineError: Not started by torchrun, or this process has no GPU of its own.
@@ -104,7 +104,7 @@ class DDP(Single):
             dist.destroy_process_group()
 
     def prepare(self, denoiser: nn.Module) -> Denoiser:
-        """As `Single.prepare`. All processes get the main one's weights.
+        """As `Accelerator.prepare`. All processes get the main one's weights.
 
         Raises:
             ConfigError: When called: the step before did not use all parameters, and ``find_unused_parameters`` is off.
@@ -134,33 +134,33 @@ class DDP(Single):
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
-        """As `Single.micro_step`."""
+        """As `Accelerator.micro_step`."""
         with ExitStack() as stack:
             for replica in () if last else self._replicas:
                 stack.enter_context(replica.no_sync())
             yield
 
     def mean(self, value: Tensor) -> Tensor:
-        """As `Single.mean`; ``value`` is not modified."""
+        """As `Accelerator.mean`; ``value`` is not modified."""
         total = value.detach().clone()
         dist.all_reduce(total)  # gloo has no average
         return total / self.world_size
 
-    def any(self, flag: bool) -> bool:
-        """As `Single.any`."""
-        raised = torch.tensor(int(flag))
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return bool(raised)
+    def highest(self, value: int) -> int:
+        """As `Accelerator.highest`."""
+        values = torch.tensor(value)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return int(values)
 
     def broadcast(self, value: T) -> T:
-        """As `Single.broadcast`."""
+        """As `Accelerator.broadcast`."""
         values = [value if self.is_main else None]
         dist.broadcast_object_list(values, src=0, device=CPU)
         return values[0]  # type: ignore[return-value]  # the main process's value
 
     def barrier(self) -> None:
-        """As `Single.barrier`."""
-        self.any(False)
+        """As `Accelerator.barrier`."""
+        self.highest(0)
 
 
 @frozen

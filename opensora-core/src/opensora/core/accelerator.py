@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from opensora.core.errors import MachineError
+from opensora.core.errors import MachineError, UserError
 from opensora.core.machine import probe_dtype
 
 if TYPE_CHECKING:
     from opensora.core.conditioning import Conditioning
     from opensora.core.protocols import Denoiser
 
-__all__ = ["DtypeName", "Single", "SingleSpec", "choose_device", "choose_dtype"]
+__all__ = ["Accelerator", "DtypeName", "Single", "SingleSpec", "choose_device", "choose_dtype"]
 
 DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,8 +30,8 @@ class SingleSpec:
     """One process has no options."""
 
 
-class Single:
-    """One process on one device. The base of all accelerators: what a pipeline may ask of the hardware."""
+class Accelerator:
+    """What a pipeline may ask of the hardware, as one process on one device answers it. The base of all accelerators."""
 
     Spec: type = SingleSpec
     rank = 0
@@ -102,7 +102,7 @@ class Single:
             grad_clip: The largest global norm; 0 is unlimited.
 
         Returns:
-            The global 2-norm before clipping; NaN or infinite when the step was left out.
+            The global 2-norm before clipping; NaN when the step was left out.
         """
         self._scaler.unscale_(optimizer)
         norm = self._clip(parameters, grad_clip or float("inf"))
@@ -115,6 +115,11 @@ class Single:
 
     def _clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+
+    @property
+    def is_scaling(self) -> bool:
+        """Whether losses are scaled, so that a step may be left out because the scale is too large, and no harm is done."""
+        return self._scaler.is_enabled()
 
     def scaler_state(self) -> dict[str, Any]:
         """The loss scale of fp16, to be saved; empty for other dtypes."""
@@ -136,9 +141,9 @@ class Single:
         """The mean of ``value`` over processes."""
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true in any process. Cheap, on the CPU: asked after each step."""
-        return flag
+    def highest(self, value: int) -> int:
+        """The highest ``value`` of any process. Cheap, on the CPU: asked before each step."""
+        return value
 
     def broadcast(self, value: T) -> T:
         """The main process's ``value``, in all processes. Any picklable object."""
@@ -147,17 +152,22 @@ class Single:
     def barrier(self) -> None:
         """Wait for all processes."""
 
-    @contextmanager
-    def main_first(self) -> Iterator[bool]:
-        """Let the main process run the block alone while the others wait, then let them. Yields whether this is main."""
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns in the main process, in all of them; a `UserError` there is raised in all of them."""
+        outcome: T | UserError | None = None
         if self.is_main:
             try:
-                yield True
-            finally:
-                self.barrier()
-        else:
-            self.barrier()
-            yield False
+                outcome = function()
+            except UserError as error:
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return cast("T", outcome)
+
+
+class Single(Accelerator):
+    """One process on one device."""
 
 
 def choose_device(name: str | None) -> torch.device:

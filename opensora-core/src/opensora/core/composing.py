@@ -13,7 +13,7 @@ import torch
 from attrs import frozen
 from torch import nn
 
-from opensora.core.accelerator import Single
+from opensora.core.accelerator import Accelerator
 from opensora.core.components import build, construct, find, load, structure_spec
 from opensora.core.config.structure import ComponentConfig, unstructure
 from opensora.core.errors import ConfigError, MachineError
@@ -89,14 +89,16 @@ def resolved_values(spec: CompositionSpec) -> dict[str, Any]:
         if config is not None:
             own, weights = split_model_options(config) if key == "model" else (config, {})
             values[key] = {"type": config.type, **weights, **unstructure(structure_spec(kind, own))}
-    return {key: value for key, value in values.items() if key not in ("run_folder", "load", "start_from_scratch")}
+    values["hooks"] = [{"type": each.type, **unstructure(structure_spec("hooks", each))} for each in spec.hooks]
+    this_run = ("run_folder", "resume", "load", "start_from_scratch", "save_dir", "skip_existing")
+    return {key: value for key, value in values.items() if key not in this_run}
 
 
-def build_accelerator(spec: CompositionSpec) -> Single:
+def build_accelerator(spec: CompositionSpec) -> Accelerator:
     """The configured accelerator; by default ``ddp`` under torchrun, else ``single``."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = spec.accelerator or ComponentConfig(type="ddp" if world_size > 1 else "single", options={})
-    accelerator: Single = build("accelerators", config, device=spec.device, dtype=spec.dtype)
+    accelerator: Accelerator = build("accelerators", config, device=spec.device, dtype=spec.dtype)
     if accelerator.world_size != world_size:
         raise MachineError(
             f'{world_size} processes were started, but accelerator "{config.type}" uses {accelerator.world_size}. '

@@ -9,7 +9,8 @@
         ├── CheckpointError       a run can't be saved or resumed
         ├── DataError             a table, video, image or prompt file can't be used
         ├── MachineError          this machine can't do it: device, dtype, missing package, port
-        └── NonFiniteLossError    training stopped because the loss is not a number
+        ├── NonFiniteLossError    training stopped because the loss is not a number
+        └── PeerError             another process of the run could not go on
 
 The commands print the message alone; ``--debug`` shows the traceback.
 """
@@ -27,6 +28,7 @@ __all__ = [
     "MachineError",
     "NonFiniteLossError",
     "OpenSoraError",
+    "PeerError",
     "ShapeError",
     "UserError",
     "WeightsError",
@@ -80,6 +82,10 @@ class MachineError(UserError, RuntimeError):
 
 class NonFiniteLossError(UserError, ArithmeticError):
     """Training stopped because the loss stayed NaN or infinite."""
+
+
+class PeerError(UserError, RuntimeError):
+    """Another process of the run could not go on; its own error says why."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -18,11 +18,11 @@ from attrs import define, field, frozen
 
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import DataError, ShapeError, UserError
-from opensora.core.protocols import Clip, Dataset, batch_conditioning
+from opensora.core.protocols import IMAGE_FPS, Clip, Dataset, Size, batch_conditioning
 from opensora.core.randomness import SampleDraws, SampleKey, generator_for
 from opensora.core.run_folder import append_jsonl, read_jsonl
 
-__all__ = ["Batch", "SampleOrder", "Slicing", "UnreadableFiles", "iter_batches"]
+__all__ = ["Batch", "SampleOrder", "Slicing", "UnreadableFiles", "iter_batches", "stand_in"]
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,13 @@ def _collate(items: Sequence[Clip | _Failed | UserError]) -> Batch | UserError:
     )
 
 
+def stand_in(size: Size) -> Batch:
+    """A batch of one black clip of (T, H, W), for a process that has nothing to read but must keep step with the others."""
+    batch = _collate([Clip(video=torch.zeros(3, *size), text="", fps=IMAGE_FPS, key=SampleKey(0, 0))])
+    assert isinstance(batch, Batch)  # one clip can't disagree with itself
+    return batch
+
+
 @frozen
 class _Reading(torch.utils.data.Dataset[Any]):
     """Hands errors over instead of raising them: a loader worker that raises ends the run, with its traceback as message."""
@@ -192,6 +199,8 @@ class UnreadableFiles:
                 append_jsonl(self.listing, {"row": key.index, "epoch": key.epoch, "reason": reason})
                 count = f"{len(self._rows)} of {self.num_samples} rows so far"
                 log.warning("%s Skipped; %s, listed in %s", reason, count, self.listing)
+        if len(self._rows) == self.num_samples:
+            raise DataError(f"None of the {self.num_samples} rows can be read; they are listed in {self.listing}.")
         allowed = math.ceil(self.limit * self.num_samples - 1e-9)  # 0.07 of 100 is 7, not the float's 7.000000000000001
         if len(self._rows) > allowed:
             raise DataError(

@@ -71,7 +71,7 @@ def plan_requests(
     flow: float | None = None,
     camera_motion: str | None = None,
 ) -> list[Request]:
-    """One request for each prompt and repeat. Seeds count up from ``seed`` through all of them.
+    """One request for each prompt and repeat. Seeds count up from ``seed`` through all that a whole run makes.
 
     Raises:
         DataError: Two prompts would get one file name.
@@ -85,7 +85,7 @@ def plan_requests(
                 Request(
                     prompt=prompt,
                     text=add_scores(prompt, aes=aes, flow=flow, camera_motion=camera_motion),
-                    seed=seed + len(requests),
+                    seed=seed + (first_index + index) * num_sample + repeat,
                     path=folder / f"{name}{extension}",
                 )
             )

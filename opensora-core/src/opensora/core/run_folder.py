@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import BinaryIO
 
 from opensora.core.errors import MachineError
 
-__all__ = ["append_jsonl", "logging_to", "make_folder", "new_run_folder", "read_jsonl", "write_atomically"]
+__all__ = ["append_jsonl", "held", "logging_to", "make_folder", "new_run_folder", "read_jsonl", "write_atomically"]
 
 _NUMBERED = re.compile(r"(\d{3,})-")
 
@@ -82,7 +83,7 @@ def logging_to(path: Path) -> Iterator[None]:
 
 def append_jsonl(path: Path, record: Mapping[str, object]) -> None:
     """Append one line in one write, so that processes may share the file. A line that was cut short before it stays alone."""
-    with path.open("ab+", buffering=0) as file:
+    with _writing(path), path.open("ab+", buffering=0) as file:
         is_cut = file.tell() > 0 and _last_byte(file) != b"\n"
         file.write((("\n" if is_cut else "") + json.dumps(record) + "\n").encode())
 
@@ -106,8 +107,34 @@ def read_jsonl(path: Path) -> list[dict[str, object]]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with _writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise MachineError(f"{path} can't be written: {error.strerror}.") from error
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder for the length of the block, or until this process dies.
+
+    Raises:
+        MachineError: Another run is in it.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MachineError(
+                f"Another run is writing to {folder}. Wait for it, end it, or use another folder."
+            ) from error
+        yield

@@ -92,7 +92,12 @@ def load_weights(module: nn.Module, source: str | Path, *, partial: bool = False
     own = module.state_dict()
     report = LoadReport(
         source=str(source),
-        loaded=sum(key in own and own[key].shape == tensor.shape for key, tensor in state.items()),
+        loaded=sum(
+            key in own
+            and own[key].shape == tensor.shape
+            and own[key].data_ptr() != tensor.data_ptr()  # not its own tables
+            for key, tensor in state.items()
+        ),
         adapted=[
             key for key in state if key in own and (key not in published or published[key].shape != state[key].shape)
         ],

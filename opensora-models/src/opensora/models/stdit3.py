@@ -53,8 +53,8 @@ class STDiT3Spec:
     pred_sigma: bool = True
     """Predict variance values too, as the second half of the output channels."""
     drop_path: float = field(default=0.0, validator=and_(ge(0.0), lt(1.0)))
-    """Probability of leaving out a branch of the last block in training, linear from 0 at the first. Drawn from torch's global
-    generator, which the training loop seeds anew at each step."""
+    """Probability of leaving out a branch of the last block in training, linear from 0 at the first. Drawn from torch's
+    global generator, which the training loop seeds anew at each step."""
     qk_norm: bool = True
     """Normalise queries and keys, which keeps training stable in half precision."""
     only_train_temporal: bool = False

@@ -57,7 +57,10 @@ def run_command(command: Callable[[], int], *, debug: bool) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit finds a place
         return 141  # as the shell reports SIGPIPE
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported for this
+            _say(f"{error}\nLower batch_size, set grad_checkpoint = True, or give the VAE a smaller micro_batch_size.")
+            return 2
         traceback.print_exc()
         _say("This is a mistake in opensora or a plugin. Please report it, with the lines above and opensora doctor's.")
         return 1

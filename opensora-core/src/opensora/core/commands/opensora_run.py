@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from opensora.core.commands._launch import is_launched, launch
+from opensora.core.commands._launch import die_with_launcher, is_launched, launch
 from opensora.core.commands._main import Parser, run_command, set_up_logging
 from opensora.core.config.evaluate import Config, evaluate
 from opensora.core.config.names import resolve
@@ -27,7 +27,7 @@ __all__ = ["load_config", "main"]
 
 _OWN_FLAGS = ("--help", "--nproc", "--port", "--dry-run", "--trust-config", "--debug")
 _EXAMPLES = """\
-any key of the config can be set by its path: --model.depth 12, --log_every 5, --hooks.0.type wandb
+any key of the config can be set by its path: --model.depth 12, --log_every 5, --scheduler.loc 1.0
 
 examples:
   opensora-run quickstart
@@ -53,6 +53,8 @@ def _run(arguments: list[str]) -> int:
     if options.port is not None and options.nproc == 1:
         raise ConfigError("--port is where several processes meet; it needs --nproc.")
     set_up_logging()
+    if is_launched():
+        die_with_launcher()
     pipeline = compose(load_config(options, overrides))
     if options.dry_run:
         print(pipeline.dry_run())

@@ -103,6 +103,6 @@ FLAGS: tuple[Flag, ...] = (
     _training("--warmup-steps", "int", "steps over which the learning rate rises"),
     _training("--load", "str", "run folder or checkpoint to go on from"),
     _training("--start-from-scratch", "switch", "with --load: take the weights, but start at step 0"),
-    _training("--wandb", "bool", "log to Weights & Biases"),
+    Flag("--wandb", "bool", "log to Weights & Biases", group="training", planned=True),
 )
 """In the order of ``--help``."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import keyword
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opensora.core.errors import ConfigError
+from opensora.core.run_folder import write_atomically
 
 __all__ = ["format_config", "format_value", "write_config"]
 
@@ -25,11 +25,9 @@ def write_config(path: Path, values: Mapping[str, Any], header: str) -> None:
 
     Raises:
         ConfigError: A value has no form in a config, such as a function.
+        MachineError: The file can't be written.
     """
-    text = format_config(values, header)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, format_config(values, header))
 
 
 def format_config(values: Mapping[str, Any], header: str) -> str:

@@ -12,7 +12,7 @@ from attrs.validators import gt
 
 from opensora.core.contact_sheet import write_contact_sheet
 from opensora.core.hookspecs import hook
-from opensora.core.video import is_image, read_image, read_video
+from opensora.core.video import VideoFile, is_image, read_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +59,8 @@ class ContactSheet:
 
     def frames(self, path: Path) -> torch.Tensor:
         """[T, H, W, 3] uint8, at most ``max_frames``."""
-        frames = torch.from_numpy(np.array(read_image(path)))[None] if is_image(path) else read_video(path)[0]
-        if len(frames) <= self.spec.max_frames:
-            return frames
-        return frames[torch.linspace(0, len(frames) - 1, self.spec.max_frames).round().long()]
+        if is_image(path):
+            return torch.from_numpy(np.array(read_image(path)))[None]
+        with VideoFile(path) as file:
+            shown = min(file.info.num_frames, self.spec.max_frames)
+            return file.read(torch.linspace(0, file.info.num_frames - 1, shown).round().int().tolist())

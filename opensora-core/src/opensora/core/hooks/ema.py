@@ -38,6 +38,7 @@ class EMA:
     def __init__(self, spec: EMASpec) -> None:
         self.spec = spec
         self.averages: dict[str, Tensor] = {}
+        self.has_history = False
 
     @hook(tryfirst=True)
     def train_start(self, run: TrainRun) -> None:
@@ -52,7 +53,8 @@ class EMA:
         """Move the averages towards the weights; a step that was left out moves nothing."""
         if update.is_left_out:
             return
-        decay = min(self.spec.decay, (1 + update.step) / (10 + update.step)) if self.spec.warmup else self.spec.decay
+        warming = self.spec.warmup and not self.has_history
+        decay = min(self.spec.decay, (1 + update.step) / (10 + update.step)) if warming else self.spec.decay
         weights = [parameter.detach() for parameter in run.parameters]  # in the order of the averages
         torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
 
@@ -76,6 +78,7 @@ class EMA:
                 "It was trained with ema_decay = 0; set that, or start from its weights with model.from_pretrained."
             )
         self.averages = {name: saved[name].to(each.device, torch.float32) for name, each in trained.items()}
+        self.has_history = run.spec.start_from_scratch  # then steps count from 0, but the averages are not young
 
     @contextmanager
     def applied(self, denoiser: nn.Module) -> Iterator[None]:

@@ -35,7 +35,7 @@ class JsonLines:
         """Drop lines of steps after the checkpoint."""
         path = run.folder / "metrics.jsonl"
         if run.accelerator.is_main and path.exists():
-            kept = [record for record in read_jsonl(path) if int(str(record["step"])) <= run.progress.step]
+            kept = [record for record in read_jsonl(path) if int(str(record["step"])) <= run.counters.step]
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     @hook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -35,6 +36,7 @@ class LossPlot:
     def train_end(self, run: TrainRun) -> None:
         """Draw all that was logged, by earlier parts of the run too."""
         records = read_jsonl(run.folder / "metrics.jsonl") if run.accelerator.is_main else []
+        records = [record for record in records if math.isfinite(float(str(record["loss"])))]
         if not records:
             return
         try:

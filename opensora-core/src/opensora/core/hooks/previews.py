@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,10 @@ from attrs import field, frozen
 from attrs.validators import gt
 
 from opensora.core.contact_sheet import write_contact_sheet
+from opensora.core.errors import DataError
 from opensora.core.hookspecs import hook
+from opensora.core.pipelines.sample_loop import decode, iter_denoising
+from opensora.core.protocols import IMAGE_FPS
 from opensora.core.randomness import SampleKey
 
 if TYPE_CHECKING:
@@ -42,6 +46,20 @@ class Previews:
         self.spec = spec
 
     @hook
+    def train_start(self, run: TrainRun) -> None:
+        """Choose the prompts, and the rate that the model is told."""
+        if not run.accelerator.is_main:
+            return
+        self.prompts, self.fps = list(self.spec.prompts), IMAGE_FPS
+        for index in range(run.order.num_samples):
+            with suppress(DataError):  # the loop's policy will deal with it
+                clip = run.dataset[SampleKey(run.spec.seed, index)]
+                self.fps = clip.fps
+                if self.spec.prompts or len(self.prompts) == self.spec.num_prompts:
+                    break
+                self.prompts.append(clip.text)
+
+    @hook
     def step_end(self, run: TrainRun, update: Update) -> None:
         """Sample in the main process; the others go on to their next step and wait there."""
         if update.step % self.spec.every == 0 and run.accelerator.is_main:
@@ -50,29 +68,22 @@ class Previews:
     @torch.inference_mode()
     def preview(self, run: TrainRun, step: int) -> None:
         """Sample and write one sheet."""
-        from contextlib import nullcontext
-
-        from opensora.core.pipelines.sample_loop import decode, iter_denoising
-
-        first = run.dataset[SampleKey(run.spec.seed, 0)]
-        prompts = self.spec.prompts or [
-            run.dataset[SampleKey(run.spec.seed, index)].text
-            for index in range(min(self.spec.num_prompts, run.order.num_samples))
-        ]
         run.denoiser.eval()
-        with run.ema.applied(run.denoiser) if run.ema else nullcontext():
-            *_, last = iter_denoising(
-                run.parts,
-                run.accelerator.predictor(run.denoiser),
-                run.accelerator,
-                prompts,
-                [run.spec.seed + index for index in range(len(prompts))],
-                size=first.size,
-                fps=first.fps,
-            )
-        run.denoiser.train()
-        videos = decode(run.parts, run.accelerator, last.latents, num_frames=first.size[0])
+        try:
+            with run.ema.applied(run.denoiser) if run.ema else nullcontext():
+                *_, last = iter_denoising(
+                    run.parts,
+                    run.accelerator.predictor(run.denoiser),
+                    run.accelerator,
+                    self.prompts,
+                    [run.spec.seed + index for index in range(len(self.prompts))],
+                    size=run.clip_size,
+                    fps=self.fps,
+                )
+        finally:
+            run.denoiser.train()
+        videos = decode(run.parts, last.latents, num_frames=run.clip_size[0])
         path = run.folder / "previews" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
-        write_contact_sheet(path, list(zip(prompts, videos, strict=True)), title=f"Step {step}")
+        write_contact_sheet(path, list(zip(self.prompts, videos, strict=True)), title=f"Step {step}")
         log.info("Preview %s", path)

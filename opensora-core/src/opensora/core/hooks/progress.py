@@ -55,7 +55,7 @@ class Progress:
         """Show the bar, standing where the run does."""
         if run.accelerator.is_main:
             self._bar.start()
-            self._main = self._bar.add_task("train", total=run.max_steps, completed=run.progress.step, note="")
+            self._main = self._bar.add_task("train", total=run.max_steps, completed=run.counters.step, note="")
 
     @hook
     def step_end(self, run: TrainRun, update: Update) -> None:

@@ -51,7 +51,7 @@ class TensorBoard:
                 raise MachineError(message) from error
             log.info(message)
             return
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.progress.step + 1)
+        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.counters.step + 1)
 
     @hook
     def log(self, run: TrainRun, record: Mapping[str, float]) -> None:

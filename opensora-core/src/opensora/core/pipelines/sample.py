@@ -9,18 +9,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opensora.core.accelerator import Single
+import torch
+
+from opensora.core.accelerator import Accelerator
 from opensora.core.attention import use_kernel
 from opensora.core.components import load
 from opensora.core.composing import build_accelerator, build_parts, check_components, resolved_values, wrap
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.config.write import write_config
-from opensora.core.errors import ConfigError, UserError
+from opensora.core.errors import ConfigError
 from opensora.core.hooking import build_hooks
 from opensora.core.pipelines.sample_loop import SampleRun, sample
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.prompts import Request, plan_requests, read_prompts
-from opensora.core.run_folder import logging_to, make_folder, new_run_folder, write_atomically
+from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder, write_atomically
 
 if TYPE_CHECKING:
     from opensora.core.config.evaluate import Config
@@ -50,16 +52,17 @@ class Sample:
         """Sample all prompts, write ``summary.json``, and return where the results are."""
         begin = time.perf_counter()
         with build_accelerator(self.spec) as accelerator, ExitStack() as stack:
-            folder, samples = choose_folders(self.spec, accelerator)
+            folder, samples = accelerator.from_main(lambda: choose_folders(self.spec))
             if accelerator.is_main:
+                stack.enter_context(held(folder))
                 stack.enter_context(logging_to(folder / "run.log"))
                 write_config(
                     folder / "config.py", resolved_values(self.spec), f"Again: opensora-run {folder}/config.py"
                 )
             run = build_run(self.spec, folder, accelerator, self.plan(samples))
             run.seconds["load"] = time.perf_counter() - begin
-            run.hooks.sample_start(run=run)
             try:
+                run.hooks.sample_start(run=run)
                 with use_kernel(load("attention", self.spec.attention)):
                     sample(run)
                 accelerator.barrier()
@@ -115,33 +118,19 @@ def choose_prompts(spec: SampleSpec) -> list[str]:
     return chosen
 
 
-def choose_folders(spec: SampleSpec, accelerator: Single) -> tuple[Path, Path]:
-    """The run folder and the folder of the samples; ``save_dir`` is both. Chosen by the main process.
+def choose_folders(spec: SampleSpec) -> tuple[Path, Path]:
+    """The run folder and the folder of the samples; ``save_dir`` is both.
 
     Raises:
         MachineError: They can't be written.
     """
-
-    def choose() -> tuple[Path, Path]:
-        if spec.save_dir is not None:
-            return make_folder(Path(spec.save_dir)), Path(spec.save_dir)
-        folder = new_run_folder(Path(spec.outputs), spec.name or f"{spec.model.type}-samples")
-        return folder, make_folder(folder / "samples")
-
-    chosen: tuple[Path, Path] | UserError | None = None
-    if accelerator.is_main:
-        try:
-            chosen = choose()
-        except UserError as error:
-            chosen = error
-    chosen = accelerator.broadcast(chosen)
-    if isinstance(chosen, UserError):
-        raise chosen
-    assert chosen is not None  # the main process has chosen
-    return chosen
+    if spec.save_dir is not None:
+        return make_folder(Path(spec.save_dir)), Path(spec.save_dir)
+    folder = new_run_folder(Path(spec.outputs), spec.name or f"{spec.model.type}-samples")
+    return folder, make_folder(folder / "samples")
 
 
-def build_run(spec: SampleSpec, folder: Path, accelerator: Single, requests: list[Request]) -> SampleRun:
+def build_run(spec: SampleSpec, folder: Path, accelerator: Accelerator, requests: list[Request]) -> SampleRun:
     """Build every part of the run and place it on the device."""
     hooks = build_hooks(default_hooks(spec), spec.hooks, without=spec.without_hooks)
     parts = build_parts(spec, size_of=lambda: spec.size)
@@ -169,18 +158,20 @@ def default_hooks(spec: SampleSpec) -> list[ComponentConfig]:
 
 
 def summarize(run: SampleRun, samples: Path, *, seconds: float) -> None:
-    """Say, and write down, what was made, where, and where the time went."""
+    """Say, and write down, what was made, where, and where the main process's time went."""
+    counts = torch.tensor([run.num_saved, run.num_skipped], dtype=torch.float64, device=run.accelerator.device)
+    saved, left_out = (run.accelerator.mean(counts) * run.accelerator.world_size).round().int().tolist()
     if not run.accelerator.is_main:
         return
     phases = {name: round(value, 3) for name, value in run.seconds.items()}
     summary = {
         "samples": str(samples),
-        "saved": run.num_saved,
-        "left_out_existing": run.num_skipped,
+        "saved": saved,
+        "left_out_existing": left_out,
         "seconds": round(seconds, 3),
         "seconds_by_phase": phases,
     }
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
     listed = ", ".join(f"{name} {value:.1f} s" for name, value in phases.items())
-    skipped = f" ({run.num_skipped} were there already)" if run.num_skipped else ""
-    log.info("%d of %d samples%s in %s: %s", run.num_saved, len(run.requests), skipped, samples, listed)
+    skipped = f" ({left_out} were there already)" if left_out else ""
+    log.info("%d of %d samples%s in %s: %s", saved, len(run.requests), skipped, samples, listed)

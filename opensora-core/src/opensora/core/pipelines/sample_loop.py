@@ -13,7 +13,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from opensora.core.accelerator import Single
+from opensora.core.accelerator import Accelerator
 from opensora.core.composing import Parts
 from opensora.core.conditioning import Conditioning
 from opensora.core.hooking import Hooks
@@ -45,7 +45,7 @@ class SampleRun:
     spec: SampleSpec
     folder: Path
     """Of config, log and summary."""
-    accelerator: Single
+    accelerator: Accelerator
     parts: Parts
     predict: Denoiser
     requests: Sequence[Request]
@@ -96,7 +96,7 @@ def sample(run: SampleRun) -> None:
                 run.hooks.sample_step(run=run, state=state)
         assert latents is not None  # a scheduler makes at least one step
         with run.phase("decode"):
-            videos = decode(run.parts, run.accelerator, latents, num_frames=run.spec.size[0])
+            videos = decode(run.parts, latents, num_frames=run.spec.size[0])
         with run.phase("write"):
             for request, frames in zip(requests, videos, strict=True):
                 write_sample(run, request, frames)
@@ -107,7 +107,7 @@ def sample(run: SampleRun) -> None:
 def iter_denoising(
     parts: Parts,
     predict: Denoiser,
-    accelerator: Single,
+    accelerator: Accelerator,
     texts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -138,9 +138,9 @@ def build_conditioning(parts: Parts, texts: Sequence[str], *, size: Size, fps: f
     )
 
 
-def decode(parts: Parts, accelerator: Single, latents: Tensor, *, num_frames: int) -> list[Tensor]:
+def decode(parts: Parts, latents: Tensor, *, num_frames: int) -> list[Tensor]:
     """Latents to frames: for each video [T, H, W, 3] uint8 on the CPU."""
-    video = parts.vae.decode(latents.to(accelerator.dtype), num_frames=num_frames)
+    video = parts.vae.decode(latents, num_frames=num_frames)
     return [to_uint8(each.float().cpu()) for each in video]
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import attrs
 from attrs import field, frozen
 from attrs.validators import min_len
 
@@ -16,6 +17,7 @@ from opensora.core.config.structure import locate, structure
 from opensora.core.config.write import write_config
 from opensora.core.errors import ConfigError
 from opensora.core.run_folder import make_folder, new_run_folder, write_atomically
+from opensora.core.stopping import Interrupted
 
 __all__ = ["Stages", "StagesSpec"]
 
@@ -30,7 +32,11 @@ class StagesSpec:
     stages: dict[str, Any] = field(validator=min_len(1))
     """Name to config: each a dict with ``pipeline`` and that pipeline's keys. "{run}" in a string is the run folder."""
     seed: int | None = None
-    """Replaces the seed of every stage that has one."""
+    """Of every stage that has one; None: as each says."""
+    device: str | None = None
+    """Of every stage that has one; None: as each says."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] | None = None
+    """Of every stage that has one; None: as each says."""
     name: str = "stages"
     """Of the run folder."""
     outputs: str = "outputs"
@@ -64,8 +70,9 @@ class Stages:
             )
         pipeline = load("pipelines", values["pipeline"])
         filled = fill(values, folder)
-        if self.spec.seed is not None and "seed" in filled:
-            filled["seed"] = self.spec.seed
+        for key in ("seed", "device", "dtype"):
+            if (common := getattr(self.spec, key)) is not None and key in attrs.fields_dict(pipeline.Spec):
+                filled[key] = common
         locations = {key[2:]: place for key, place in self.config.locations.items() if key[:2] == path}
         spec = structure(pipeline.Spec, filled, locations=locations)
         return pipeline(spec, config=Config(values=filled, locations=locations))
@@ -76,11 +83,18 @@ class Stages:
             raise ConfigError("Stages run in one process. Run the config of each stage by itself with --nproc.")
         folder = make_folder(Path(self.spec.run_folder)) if self.spec.run_folder else None
         folder = folder or new_run_folder(Path(self.spec.outputs), self.spec.name)
-        write_config(folder / "config.py", self.config.values, f"Again: opensora-run {folder}/config.py")
+        values = {key: value for key, value in self.config.values.items() if key != "run_folder"}
+        write_config(folder / "config.py", values, f"Again: opensora-run {folder}/config.py")
         results: dict[str, Path] = {}
         for number, name in enumerate(self.spec.stages, start=1):
             log.info("Stage %d of %d: %s", number, len(self.spec.stages), name)
-            results |= self.build(name, folder).run() or {}
+            try:
+                results |= self.build(name, folder).run() or {}
+            except Interrupted as error:
+                raise Interrupted(
+                    f"Stopped in stage {name}. Go on with: opensora-run {folder}/config.py --run-folder {folder}",
+                    signal_number=error.exit_code - 128,
+                ) from error
         listed = "".join(f"  {what + ':':15}{path}\n" for what, path in {**results, "run folder": folder}.items())
         write_atomically(folder / "summary.txt", listed)
         log.info("Where everything is (also in %s):\n%s", folder / "summary.txt", listed.rstrip())

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from opensora.core.accelerator import Single
+from opensora.core.accelerator import Accelerator
 from opensora.core.attention import use_kernel
-from opensora.core.checkpoints import find_checkpoint, read_checkpoint, sweep
+from opensora.core.checkpoints import find_checkpoint, list_checkpoints, read_checkpoint, sweep
 from opensora.core.components import build, load
 from opensora.core.composing import (
     build_accelerator,
@@ -23,16 +23,16 @@ from opensora.core.composing import (
     wrap,
 )
 from opensora.core.config.write import write_config
-from opensora.core.errors import CheckpointError, ConfigError, UserError
+from opensora.core.errors import CheckpointError, ConfigError, DataError
 from opensora.core.frame_masks import check_mask_ratios
 from opensora.core.hooking import build_hooks
 from opensora.core.loading import SampleOrder, Slicing, UnreadableFiles
 from opensora.core.optimization import build_adamw
-from opensora.core.pipelines.train_loop import Progress, TrainRun, train
+from opensora.core.pipelines.train_loop import Counters, TrainRun, train
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Dataset, Size
 from opensora.core.randomness import SampleKey
-from opensora.core.run_folder import logging_to, make_folder, new_run_folder
+from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder
 from opensora.core.stopping import StopRequest, stopping_on_signals
 
 if TYPE_CHECKING:
@@ -62,15 +62,19 @@ class Train:
     def run(self) -> dict[str, Path]:
         """Train, and return where the results are; see `train` for what it raises."""
         with build_accelerator(self.spec) as accelerator, stopping_on_signals() as stop, ExitStack() as stack:
-            folder = choose_folder(self.spec, accelerator)
+            source = find_source(self.spec)
+            folder = accelerator.from_main(lambda: choose_folder(self.spec, source))
             if accelerator.is_main:
+                stack.enter_context(held(folder))
                 stack.enter_context(logging_to(folder / "run.log"))
+                sweep(folder)
+            run = build_run(self.spec, folder, accelerator, stop)
+            if source:
+                resume(run, source)
+            if accelerator.is_main:  # not before: a config that does not fit must not replace the one that did
                 write_config(
                     folder / "config.py", resolved_values(self.spec), f"Again: opensora-run {folder}/config.py"
                 )
-            run = build_run(self.spec, folder, accelerator, stop)
-            if self.spec.load:
-                resume(run, find_checkpoint(Path(self.spec.load)))
             with use_kernel(load("attention", self.spec.attention)), started(run):
                 train(run)
             assert run.last_checkpoint is not None  # the last step is always saved
@@ -88,38 +92,41 @@ class Train:
         return describe_training(self.spec)
 
 
-def choose_folder(spec: TrainSpec, accelerator: Single) -> Path:
-    """The run folder: the one that is resumed, the one that is named, or a new one. Chosen by the main process.
+def find_source(spec: TrainSpec) -> Path | None:
+    """The checkpoint to go on from: that of ``load``, or with ``resume`` the newest of ``run_folder``; None starts anew.
 
     Raises:
-        CheckpointError: ``load`` holds no checkpoint.
+        CheckpointError: ``load`` holds no checkpoint, or ``run_folder`` holds some that would be mixed with a new run's.
+    """
+    if spec.load:
+        return find_checkpoint(Path(spec.load))
+    there = list_checkpoints(Path(spec.run_folder)) if spec.run_folder else []
+    if there and not spec.resume:
+        raise CheckpointError(
+            f"{spec.run_folder} holds a run already. Go on with --load {spec.run_folder}, or use another folder."
+        )
+    return find_checkpoint(Path(str(spec.run_folder))) if there else None
+
+
+def choose_folder(spec: TrainSpec, source: Path | None) -> Path:
+    """The run folder: that of the run that goes on, the one that is named, or a new one.
+
+    A run goes on in its own folder from its newest checkpoint only; from an earlier one it branches into a folder of its own,
+    so that nothing is lost.
+
+    Raises:
         MachineError: The folder can't be written.
     """
-
-    def choose() -> Path:
-        if spec.load and not spec.start_from_scratch:
-            checkpoint = find_checkpoint(Path(spec.load))
-            if checkpoint.parent.name == "checkpoints":
-                return make_folder(checkpoint.parent.parent)
-        if spec.run_folder:
-            return make_folder(Path(spec.run_folder))
-        return new_run_folder(Path(spec.outputs), spec.name or spec.model.type)
-
-    chosen: Path | UserError | None = None
-    if accelerator.is_main:
-        try:
-            chosen = choose()
-            sweep(chosen)
-        except UserError as error:
-            chosen = error
-    chosen = accelerator.broadcast(chosen)
-    if isinstance(chosen, UserError):
-        raise chosen
-    assert chosen is not None  # the main process has chosen
-    return chosen
+    if spec.run_folder:
+        return make_folder(Path(spec.run_folder))
+    if source and not spec.start_from_scratch and source.parent.name == "checkpoints":
+        home = source.parent.parent
+        if find_checkpoint(home).samefile(source):
+            return make_folder(home)
+    return new_run_folder(Path(spec.outputs), spec.name or spec.model.type)
 
 
-def build_run(spec: TrainSpec, folder: Path, accelerator: Single, stop: StopRequest) -> TrainRun:
+def build_run(spec: TrainSpec, folder: Path, accelerator: Accelerator, stop: StopRequest) -> TrainRun:
     """Build every part of the run, connect them, and place them on the device."""
     hooks = build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks)
     dataset: Dataset = build("datasets", spec.dataset)
@@ -130,8 +137,9 @@ def build_run(spec: TrainSpec, folder: Path, accelerator: Single, stop: StopRequ
         rank=accelerator.rank,
     )
     max_steps = count_steps(spec, len(dataset), slicing.samples_per_step)
+    size = clip_size(dataset, spec.seed)
     torch.manual_seed(spec.seed)  # initial weights
-    parts = build_parts(spec, size_of=lambda: clip_size(dataset, spec.seed), load_pretrained=not spec.load)
+    parts = build_parts(spec, size_of=lambda: size, load_pretrained=not spec.load)
     if spec.grad_checkpoint:
         log.info("Activation checkpointing of %d blocks", checkpoint_activations(parts.denoiser))
     hooks.denoiser_built(denoiser=parts.denoiser, spec=spec)
@@ -166,7 +174,8 @@ def build_run(spec: TrainSpec, folder: Path, accelerator: Single, stop: StopRequ
         dataset=dataset,
         order=SampleOrder(len(dataset), spec.seed),
         slicing=slicing,
-        unreadable=UnreadableFiles(folder / "skipped.jsonl", len(dataset), spec.max_unreadable),
+        clip_size=size,
+        unreadable=UnreadableFiles(new_listing(folder, accelerator), len(dataset), spec.max_unreadable),
         mask_ratios=check_mask_ratios(spec.mask_ratios) if spec.mask_ratios else None,
         max_steps=max_steps,
         hooks=hooks,
@@ -174,19 +183,44 @@ def build_run(spec: TrainSpec, folder: Path, accelerator: Single, stop: StopRequ
     )
 
 
+def new_listing(folder: Path, accelerator: Accelerator) -> Path:
+    """``skipped.jsonl``, empty: a resumed run lists again what it still can't read, and not what was mended."""
+    listing = folder / "skipped.jsonl"
+    if accelerator.is_main:
+        listing.unlink(missing_ok=True)
+    accelerator.barrier()
+    return listing
+
+
 def clip_size(dataset: Dataset, seed: int) -> Size:
-    """(T, H, W) of the dataset's clips: as it declares, or as its first clip has it."""
-    declared: Size | None = getattr(dataset, "size", None)
-    return declared or dataset[SampleKey(seed, 0)].size
-
-
-def count_steps(spec: TrainSpec, num_samples: int, samples_per_step: int) -> int:
-    """Optimizer steps of the whole run: ``max_steps``, or as many as ``epochs`` hold.
+    """(T, H, W) of the dataset's clips: as it declares, or as its first readable clip has it.
 
     Raises:
-        ConfigError: That is none.
+        DataError: No clip can be read.
     """
-    steps = spec.epochs * num_samples // samples_per_step
+    declared: Size | None = getattr(dataset, "size", None)
+    if declared:
+        return declared
+    reason: DataError | None = None
+    for index in range(len(dataset)):
+        try:
+            return dataset[SampleKey(seed, index)].size
+        except DataError as error:
+            reason = reason or error
+    raise DataError(f"None of the {len(dataset)} clips can be read; the first: {reason}")
+
+
+def count_steps(spec: TrainSpec, num_samples: int, samples_per_step: int, counters: Counters | None = None) -> int:
+    """Optimizer steps of the whole run: ``max_steps``, or as many as ``epochs`` hold.
+
+    Args:
+        counters: Steps and samples so far, which may have been made with another number of samples a step.
+
+    Raises:
+        ConfigError: Not a single step.
+    """
+    so_far = counters or Counters()
+    steps = so_far.step + (spec.epochs * num_samples - so_far.samples) // samples_per_step
     if spec.max_steps is not None:
         steps = min(steps, spec.max_steps)
     if steps < 1:
@@ -205,29 +239,41 @@ def resume(run: TrainRun, path: Path) -> None:
     """
     checkpoint = read_checkpoint(path)
     state = dict(checkpoint.state)
-    if not run.spec.start_from_scratch and (seed := state.pop("seed", run.spec.seed)) != run.spec.seed:
+    seed = state.pop("seed", run.spec.seed)
+    if not run.spec.start_from_scratch and seed != run.spec.seed:
         raise CheckpointError(
             f"{path} was trained with seed {seed}, the config says {run.spec.seed}: the order of the data would change. "
-            f"Give --seed {seed}, or --start-from-scratch to take the weights alone."
+            f"Give --seed {seed}, or --start-from-scratch to take weights and optimizer alone."
         )
+    options = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in run.optimizer.param_groups]
     try:
+        counters = Counters(**state)
         run.denoiser.load_state_dict(checkpoint.tensors["model"])
         run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as error:
+        run.accelerator.load_scaler_state(checkpoint.optimizer["scaler"])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this config's model {run.spec.model.type}: {error}") from error
-    run.accelerator.load_scaler_state(checkpoint.optimizer["scaler"])
+    for group, own in zip(run.optimizer.param_groups, options, strict=True):
+        group.update(own)  # the config's, not the checkpoint's
     run.hooks.restore_tensors(run=run, tensors=checkpoint.tensors)
     if not run.spec.start_from_scratch:
-        run.progress = Progress(**state)
+        run.counters = counters
         run.last_checkpoint = path
-    log.info("Went on from %s: step %d of %d", path, run.progress.step, run.max_steps)
+        run.last_saved_step = counters.step if path.parent.parent == run.folder else -1
+        run.max_steps = count_steps(run.spec, run.order.num_samples, run.slicing.samples_per_step, counters)
+    log.info("Went on from %s: step %d of %d", path, run.counters.step, run.max_steps)
 
 
 @contextmanager
 def started(run: TrainRun) -> Iterator[None]:
-    """Tell the hooks that the run starts and, whatever happens, that it ended."""
-    run.hooks.train_start(run=run)
+    """Tell the hooks that the run starts and, whatever happens, that it ended; they can't hide why it failed."""
     try:
+        run.hooks.train_start(run=run)
         yield
-    finally:
-        run.hooks.train_end(run=run)
+    except BaseException:
+        try:
+            run.hooks.train_end(run=run)
+        except Exception:
+            log.warning("A hook failed at the end of a run that had failed", exc_info=True)
+        raise
+    run.hooks.train_end(run=run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -14,28 +15,28 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
-from opensora.core.accelerator import Single
+from opensora.core.accelerator import Accelerator
 from opensora.core.checkpoints import Checkpoint, save_checkpoint
 from opensora.core.composing import Parts
 from opensora.core.conditioning import Conditioning
-from opensora.core.errors import CheckpointError, DataError, NonFiniteLossError
+from opensora.core.errors import NonFiniteLossError, PeerError, UserError
 from opensora.core.frame_masks import draw_frame_mask
 from opensora.core.hooking import Hooks
 from opensora.core.hooks.ema import EMA
-from opensora.core.loading import Batch, SampleOrder, Slicing, UnreadableFiles, iter_batches
+from opensora.core.loading import Batch, SampleOrder, Slicing, UnreadableFiles, iter_batches, stand_in
 from opensora.core.optimization import learning_rate_factor
 from opensora.core.pipelines.train_spec import TrainSpec
-from opensora.core.protocols import Dataset, Denoiser
+from opensora.core.protocols import Dataset, Denoiser, Size
 from opensora.core.randomness import generator_for
 from opensora.core.stopping import Interrupted, StopRequest
 
-__all__ = ["Progress", "TrainRun", "Update", "train"]
+__all__ = ["Counters", "TrainRun", "Update", "train"]
 
 log = logging.getLogger(__name__)
 
 
 @define
-class Progress:
+class Counters:
     """What the loop counts; saved in every checkpoint."""
 
     step: int = 0
@@ -49,7 +50,7 @@ class Progress:
 
 @frozen(kw_only=True)
 class Update:
-    """What one optimizer step did, as far as it is known without waiting for the device."""
+    """What one optimizer step did."""
 
     step: int
     """Counts from 1."""
@@ -69,7 +70,7 @@ class TrainRun:
 
     spec: TrainSpec
     folder: Path
-    accelerator: Single
+    accelerator: Accelerator
     parts: Parts
     denoiser: nn.Module
     """The trained module; its ``state_dict`` is what is saved."""
@@ -80,28 +81,29 @@ class TrainRun:
     dataset: Dataset
     order: SampleOrder
     slicing: Slicing
+    clip_size: Size
+    """(T, H, W) in pixels."""
     unreadable: UnreadableFiles
     mask_ratios: Mapping[str, float] | None
     max_steps: int
     hooks: Hooks
     stop: StopRequest
-    progress: Progress = field(factory=Progress)
+    counters: Counters = field(factory=Counters)
     last_checkpoint: Path | None = None
+    last_saved_step: int = -1
     ema: EMA | None = None
     """Set by the hook of that name."""
 
-    def iter_steps(self) -> Iterator[list[Batch]]:
-        """For each step that is left, this process's micro-batches."""
-        batches = iter_batches(
+    def iter_batches(self) -> Iterator[Batch]:
+        """This process's micro-batches, from where the run stands."""
+        return iter_batches(
             self.dataset,
             self.order,
             self.slicing,
-            position=self.progress.samples,
+            position=self.counters.samples,
             num_workers=self.spec.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        while self.progress.step < self.max_steps:
-            yield list(islice(batches, self.slicing.accumulation))
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint of this moment; all processes must call it.
@@ -110,60 +112,78 @@ class TrainRun:
             CheckpointError: It can't be written, in whichever process.
         """
         added = {stem: tensors for files in self.hooks.save_tensors(run=self) for stem, tensors in files.items()}
-        error: CheckpointError | None = None
-        path = None
-        if self.accelerator.is_main:
+
+        def save() -> Path:
             checkpoint = Checkpoint(
                 tensors={"model": self.denoiser.state_dict(), **added},
                 optimizer={"optimizer": self.optimizer.state_dict(), "scaler": self.accelerator.scaler_state()},
-                state={"seed": self.spec.seed, **attrs.asdict(self.progress)},
+                state={"seed": self.spec.seed, **attrs.asdict(self.counters)},
             )
-            try:
-                path = save_checkpoint(self.folder / "checkpoints", self.progress.step, checkpoint)
-            except CheckpointError as failure:
-                error = failure
-        path, error = self.accelerator.broadcast((path, error))
-        if error:
-            raise error
-        assert path is not None  # no error, so it was written
-        self.last_checkpoint = path
+            return save_checkpoint(self.folder / "checkpoints", self.counters.step, checkpoint)
+
+        path = self.accelerator.from_main(save)
+        self.last_checkpoint, self.last_saved_step = path, self.counters.step
         self.hooks.checkpoint_saved(run=self, path=path)
         return path
 
 
 def train(run: TrainRun) -> None:
-    """Train until ``run.max_steps``, going on exactly where ``run.progress`` stands.
+    """Train until ``run.max_steps``, going on exactly where ``run.counters`` stands.
 
     Raises:
         Interrupted: A signal asked to stop; a checkpoint was saved.
         NonFiniteLossError: Too many steps in a row had no finite gradients.
         DataError: Too many files can't be read.
+        PeerError: Another process could not go on.
     """
-    logged = LogWindow(run)
-    decoy: Batch | None = None
-    for batches in run.iter_steps():
+    window = LogWindow(run)
+    batches = run.iter_batches()
+    while run.counters.step < run.max_steps:
+        micro_batches = read_together(run, batches)
         seed_layers(run)
         losses = []
-        for index, batch in enumerate(batches):
-            run.unreadable.record(batch)
-            decoy = batch if len(batch) else decoy
-            with run.accelerator.micro_step(last=index == len(batches) - 1):
-                loss = micro_batch_loss(run, batch, decoy)
-                run.accelerator.backward(loss / len(batches))
+        for index, batch in enumerate(micro_batches):
+            with run.accelerator.micro_step(last=index == len(micro_batches) - 1):
+                loss = micro_batch_loss(run, batch)
+                run.accelerator.backward(loss / len(micro_batches))
             losses.append(loss.detach())
         update = make_update(run, torch.stack(losses).mean())
-        logged.add(update)
+        window.add(update)
         run.hooks.step_end(run=run, update=update)
-        check_finite(run, update, batches)
-        if run.accelerator.any(bool(run.stop)) and run.progress.step < run.max_steps:
-            path = run.save_checkpoint()
-            raise Interrupted(
-                f"Stopped at step {run.progress.step} of {run.max_steps}, saved {path}. "
-                f"Go on with: opensora-run {run.folder}/config.py --load {run.folder}",
-                signal_number=run.stop.signal_number or 15,
-            )
-    if run.last_checkpoint is None or not run.last_checkpoint.name.endswith(f"{run.progress.step:06d}"):
+        check_finite(run, update, micro_batches)
+    if run.last_saved_step != run.counters.step:
         run.save_checkpoint()
+
+
+def read_together(run: TrainRun, batches: Iterator[Batch]) -> list[Batch]:
+    """The micro-batches of the next step, once all processes have theirs and none was asked to stop.
+
+    Processes agree before the step, since one that gave up alone would leave the others waiting for its gradients.
+
+    Raises:
+        Interrupted, DataError, PeerError: See `train`.
+    """
+    error: UserError | None = None
+    micro_batches = []
+    try:
+        for batch in islice(batches, run.slicing.accumulation):
+            run.unreadable.record(batch)
+            micro_batches.append(batch)
+    except UserError as failure:
+        error = failure
+    worst = run.accelerator.highest(2 if error else 1 if run.stop else 0)
+    if error:
+        raise error
+    if worst == 2:
+        raise PeerError("Stopped: another process could not go on; its message says why.")
+    if worst == 1:
+        path = run.save_checkpoint()
+        raise Interrupted(
+            f"Stopped at step {run.counters.step} of {run.max_steps}, saved {path}. "
+            f"Go on with: opensora-run {run.folder}/config.py --load {run.folder}",
+            signal_number=run.stop.signal_number or signal.SIGTERM,
+        )
+    return micro_batches
 
 
 def seed_layers(run: TrainRun) -> None:
@@ -171,24 +191,18 @@ def seed_layers(run: TrainRun) -> None:
 
     Not ``torch.manual_seed``: on a machine without GPUs that remembers each call, with its stack, for a GPU to come.
     """
-    seed = generator_for(run.spec.seed, run.progress.step, run.accelerator.rank).initial_seed()
+    seed = generator_for(run.spec.seed, run.counters.step, run.accelerator.rank).initial_seed()
     torch.default_generator.manual_seed(seed)
     if run.accelerator.device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
-def micro_batch_loss(run: TrainRun, batch: Batch, decoy: Batch | None) -> Tensor:
+def micro_batch_loss(run: TrainRun, batch: Batch) -> Tensor:
     """The mean loss over a micro-batch's nominal size; samples that could not be read count as zero.
 
-    A process whose whole micro-batch is unreadable must still take part in the exchange of gradients: it runs the ``decoy``,
-    the last batch it could read, with weight zero.
-
-    Raises:
-        DataError: Nothing at all could be read yet.
+    A process whose whole micro-batch is unreadable still takes part in the exchange of gradients, with a stand-in.
     """
-    if not len(batch) and decoy is None:
-        raise DataError(f"None of the first {len(batch.failed)} clips can be read; the first: {batch.failed[0][1]}")
-    used, weight = (batch, 1.0) if len(batch) or decoy is None else (decoy, 0.0)
+    used, weight = (batch, 1.0) if len(batch) else (stand_in(run.clip_size), 0.0)
     latents, conditioning = encode(run, used)
     draws = used.draws(run.accelerator.device)
     losses = run.parts.scheduler.loss(run.predict, latents, conditioning, draws=draws)  # [B]
@@ -200,7 +214,7 @@ def encode(run: TrainRun, batch: Batch) -> tuple[Tensor, Conditioning]:
     """Latents and conditioning of a batch on the device, with frames masked and captions dropped as configured."""
     device, draws = run.accelerator.device, batch.draws(run.accelerator.device)
     video = batch.video.to(device, non_blocking=True)
-    latents = run.parts.vae.encode(video.to(run.accelerator.dtype), draws=draws).float()
+    latents = run.parts.vae.encode(video, draws=draws).float()
     text = run.parts.text_encoder.encode(batch.texts)
     sizes = batch.conditioning
     conditioning = text.replace(
@@ -221,7 +235,7 @@ def encode(run: TrainRun, batch: Batch) -> tuple[Tensor, Conditioning]:
 def make_update(run: TrainRun, loss: Tensor) -> Update:
     """Step the optimizer and count."""
     factor = learning_rate_factor(
-        run.progress.step,
+        run.counters.step,
         warmup_steps=run.spec.warmup_steps or 0,
         max_steps=run.max_steps,
         schedule=run.spec.lr_schedule,
@@ -230,16 +244,18 @@ def make_update(run: TrainRun, loss: Tensor) -> Update:
         group["lr"] = run.spec.lr * factor
     grad_norm = run.accelerator.update(run.optimizer, run.parameters, grad_clip=run.spec.grad_clip)
     is_left_out = math.isnan(grad_norm)
-    run.progress.step += 1
-    run.progress.samples += run.slicing.samples_per_step
-    run.progress.left_out += is_left_out
-    run.progress.left_out_in_a_row = run.progress.left_out_in_a_row + 1 if is_left_out else 0
+    is_scaling = is_left_out and run.accelerator.is_scaling and bool(loss.isfinite())  # fp16 looks for its loss scale
+    run.counters.step += 1
+    run.counters.samples += run.slicing.samples_per_step
+    run.counters.left_out += is_left_out
+    if not is_scaling:
+        run.counters.left_out_in_a_row = run.counters.left_out_in_a_row + 1 if is_left_out else 0
     return Update(
-        step=run.progress.step,
+        step=run.counters.step,
         loss=loss,
         grad_norm=grad_norm,
         lr=run.spec.lr * factor,
-        epoch=run.progress.samples / run.order.num_samples,
+        epoch=run.counters.samples / run.order.num_samples,
         is_left_out=is_left_out,
     )
 
@@ -254,10 +270,10 @@ def check_finite(run: TrainRun, update: Update, batches: list[Batch]) -> None:
         return
     paths = [path for batch in batches for path in batch.paths][:8]
     log.warning("Step %d is left out: loss or gradients are not finite. Its samples: %s", update.step, ", ".join(paths))
-    if run.progress.left_out_in_a_row >= run.spec.max_left_out:
+    if run.counters.left_out_in_a_row >= run.spec.max_left_out:
         good = run.last_checkpoint or "none yet"
         raise NonFiniteLossError(
-            f"The loss was not finite in {run.progress.left_out_in_a_row} steps in a row, up to step {update.step}. "
+            f"The loss was not finite in {run.counters.left_out_in_a_row} steps in a row, up to step {update.step}. "
             f"Last good checkpoint: {good}. Try a lower lr, grad_clip = 1.0, or --dtype fp32; look at {', '.join(paths)}."
         )
 
@@ -285,8 +301,8 @@ class LogWindow:
             "lr": update.lr,
             "grad_norm": update.grad_norm,
             "epoch": update.epoch,
-            "samples": run.progress.samples,
-            "left_out": run.progress.left_out,
+            "samples": run.counters.samples,
+            "left_out": run.counters.left_out,
             "steps_per_second": len(self._losses) / elapsed,
         }
         self._losses, self._since = [], time.perf_counter()

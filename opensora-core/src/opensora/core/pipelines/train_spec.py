@@ -25,8 +25,10 @@ class TrainSpec(CompositionSpec):
     # ---- where
     run_folder: str | None = None
     """This very folder instead of a numbered one."""
+    resume: bool = False
+    """Go on in run_folder if it holds a checkpoint, instead of refusing it."""
     load: str | None = None
-    """Run folder or checkpoint to go on from, in its own run folder."""
+    """Run folder or checkpoint to go on from: in its own run folder, or in a new one if it isn't the newest."""
     start_from_scratch: bool = False
     """With load: take weights, EMA and optimizer, but start at step 0 in a new run folder."""
 
@@ -79,9 +81,13 @@ class TrainSpec(CompositionSpec):
     preview_prompts: list[str] = field(factory=list)
     """What the previews show; empty: the first captions of the data."""
     wandb: bool = False
-    """Log to Weights & Biases, through the hook of that name."""
+    """Accepted as False from older configs; there is no hook for Weights & Biases yet."""
 
     def __attrs_post_init__(self) -> None:
+        if self.wandb:
+            raise ConfigError(
+                "wandb = True: there is no hook for it yet. metrics.jsonl and TensorBoard have the same numbers."
+            )
         if self.start_from_scratch and not self.load:
             raise ConfigError("start_from_scratch needs load: a run folder or checkpoint to take the weights from.")
 
@@ -101,6 +107,4 @@ class TrainSpec(CompositionSpec):
         ]
         if self.preview_every:
             hooks.append(hook("previews", every=self.preview_every, prompts=self.preview_prompts))
-        if self.wandb:
-            hooks.append(hook("wandb"))
         return [*hooks, hook("loss-plot")]

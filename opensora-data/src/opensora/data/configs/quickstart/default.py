@@ -42,6 +42,8 @@ stages = dict(
     train=dict(
         pipeline="train",
         run_folder="{run}/train",
+        resume=True,
+        ckpt_every=500,
         model=_model,
         scheduler=_scheduler,
         text_encoder=_text_encoder,
@@ -68,6 +70,7 @@ stages = dict(
     sample=dict(
         pipeline="sample",
         save_dir="{run}/samples",
+        skip_existing=True,
         model=dict(_model, from_pretrained="{run}/train"),
         scheduler=_scheduler,
         text_encoder=_text_encoder,
