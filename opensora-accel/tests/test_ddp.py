@@ -64,16 +64,17 @@ def test_gradients_are_exchanged_in_the_last_micro_step_alone(results):
     assert_close(first["exchanged"], first["kept back"] + second["kept back"])  # twice each, halved
 
 
-def test_any_mean_and_broadcast(results):
+def test_highest_mean_and_broadcast(results):
     for result in results:
-        assert result["any"] == [False, True, True]
+        assert result["highest"] == [0, 1, 2]
         assert result["mean"].tolist() == [0.5, 11.0]
         assert result["broadcast"] == results[0]["broadcast"]
     assert results[0]["broadcast"]["folder"].name == "0"
 
 
 def test_main_goes_first(results):
-    assert [result["main first"] for result in results] == [True, True]
+    assert [result["from main"] for result in results] == [0, 0]
+    assert [result["error of main"] for result in results] == ["rank 0 failed"] * 2
 
 
 def test_an_unused_parameter_is_named(results):

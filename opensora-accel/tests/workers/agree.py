@@ -42,13 +42,17 @@ def unused_parameter(accelerator: DDP) -> str:
     return "no error"
 
 
-def order_of_from_main(accelerator: DDP) -> bool:
-    """Whether the main process's file was there when the other came."""
-    with accelerator.from_main() as is_main:
-        if is_main:
-            time.sleep(0.2)
-            (FOLDER / "made").touch()
-        return (FOLDER / "made").exists()
+def error_of_main(accelerator: DDP) -> str:
+    """What every process gets of an error that only the main one had."""
+
+    def fail() -> None:
+        raise ConfigError(f"rank {accelerator.rank} failed")
+
+    try:
+        accelerator.from_main(fail)
+    except ConfigError as error:
+        return str(error)
+    return "no error"
 
 
 with DDP(DDPSpec(timeout_s=60), device="cpu") as accelerator:
@@ -59,10 +63,11 @@ with DDP(DDPSpec(timeout_s=60), device="cpu") as accelerator:
         "trained": train(accelerator, micro_batches=[whole] * STEPS),
         "trained with accumulation": train(accelerator, micro_batches=[halves] * STEPS),
         "gradients": exchanged_gradients(accelerator),
-        "any": [accelerator.any(flag) for flag in (False, True, rank == 1)],
+        "highest": [accelerator.highest(value) for value in (0, 1, 2 * rank)],
         "mean": accelerator.mean(torch.tensor([rank, 10.0 + 2 * rank])),
         "broadcast": accelerator.broadcast({"folder": FOLDER / str(rank), "error": None}),
-        "main first": order_of_from_main(accelerator),
+        "from main": accelerator.from_main(lambda: accelerator.rank),
+        "error of main": error_of_main(accelerator),
         "unused": unused_parameter(accelerator),
     }
     torch.save(results, FOLDER / f"{rank}.pt")

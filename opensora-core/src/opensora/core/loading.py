@@ -199,8 +199,10 @@ class UnreadableFiles:
                 append_jsonl(self.listing, {"row": key.index, "epoch": key.epoch, "reason": reason})
                 count = f"{len(self._rows)} of {self.num_samples} rows so far"
                 log.warning("%s Skipped; %s, listed in %s", reason, count, self.listing)
-        if len(self._rows) == self.num_samples:
-            raise DataError(f"None of the {self.num_samples} rows can be read; they are listed in {self.listing}.")
+        if batch.failed and len(self._rows) == self.num_samples:
+            raise DataError(
+                f"None of the {self.num_samples} rows can be read, listed in {self.listing}: {batch.failed[0][1]}"
+            )
         allowed = math.ceil(self.limit * self.num_samples - 1e-9)  # 0.07 of 100 is 7, not the float's 7.000000000000001
         if len(self._rows) > allowed:
             raise DataError(
