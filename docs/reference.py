@@ -28,10 +28,10 @@ INTRODUCTIONS = {
     "text_encoders": 'Text encoders: `text_encoder = dict(type="...")`. The default is `hashed-words`.',
     "schedulers": 'Training objectives and samplers: `scheduler = dict(type="...")`.',
     "datasets": 'Datasets: `dataset = dict(type="...")`.',
-    "accelerators": 'How a step runs on the hardware: `accelerator = dict(type="...")`. The default is `single`, and `ddp` '
-    "with several processes.",
-    "pipelines": "What `opensora-run` runs. Their options are the top-level keys of a config. `pipeline` chooses; without it, "
-    "a config with a `dataset` trains and any other samples.",
+    "accelerators": 'How a step runs on the hardware: `accelerator = dict(type="...")`. The default is '
+    "`single`, and `ddp` with several processes.",
+    "pipelines": "What `opensora-run` runs. Their options are the top-level keys of a config. `pipeline` chooses; without "
+    "it, a config with a `dataset` trains and any other samples.",
     "hooks": 'What takes part in a run: `hooks = [dict(type="...")]`, or as a default of the pipeline.',
 }
 
@@ -117,8 +117,8 @@ def hook_contract() -> Page:
     """The methods that a hook may have, with their arguments."""
     page = [
         "## The hooks to write",
-        "A hook is a class whose methods carry `@hook` and have these names. A method takes only those of the arguments that "
-        "it needs. See [Writing a plugin](../plugins.md#hooks).",
+        "A hook is a class whose methods carry `@hook` and have these names. A method takes only what it needs.",
+        "More: [Writing a plugin](../plugins.md#hooks).",
     ]
     for name, method in vars(HookSpecs).items():
         if name.startswith("_"):
@@ -198,7 +198,13 @@ def anchor(text: str) -> str:
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """A Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines)
+
+
+def escaped(cell: str) -> str:
+    """A cell whose pipes don't end it; those in code are safe, and would show their backslash."""
+    parts = cell.split("`")
+    return "`".join(part if index % 2 else part.replace("|", "\\|") for index, part in enumerate(parts))
 
 
 if __name__ == "__main__":

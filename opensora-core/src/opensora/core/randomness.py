@@ -22,7 +22,10 @@ __all__ = ["Draws", "SampleDraws", "SampleKey", "generator_for"]
 
 
 def generator_for(*key: object) -> torch.Generator:
-    """A CPU generator that depends on nothing but ``key``, the same on any machine and in any process."""
+    """A CPU generator that depends on nothing but ``key``, the same on any machine and in any process.
+
+    torch's CPU generator takes 32 bits of a seed, so among very many keys some share their numbers.
+    """
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
