@@ -9,7 +9,8 @@ from pathlib import Path
 import nox
 
 PACKAGES = ["opensora-core", "opensora-models", "opensora-schedulers", "opensora-data", "opensora-accel"]
-TESTING = ["pytest", "pytest-timeout", "pytest-socket", "hypothesis", "psutil"]
+TESTING = ["pytest", "pytest-timeout", "pytest-socket", "pytest-xdist", "hypothesis", "psutil"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tests run side by side
 PARTS = {"opensora-core": "[tensorboard,plot]", "opensora-data": "[quickstart]"}
 
 nox.needs_version = ">=2024.4.15"
@@ -30,14 +31,16 @@ def install_all(session: nox.Session, *others: str) -> None:
 def tests(session: nox.Session) -> None:
     """All tests but the slow ones. Arguments after -- go to pytest."""
     install_all(session, *TESTING)
-    session.run("pytest", "-m", "not slow and not gpu", *session.posargs)
+    session.run(
+        "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow and not gpu", *session.posargs, env=ONE_THREAD
+    )
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """Tests that take longer: many kills and resumes, whole runs."""
     install_all(session, *TESTING)
-    session.run("pytest", "-m", "slow and not gpu", "tests", *session.posargs)
+    session.run("pytest", "-m", "slow and not gpu", "tests", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
