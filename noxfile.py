@@ -9,7 +9,7 @@ from pathlib import Path
 import nox
 
 PACKAGES = ["opensora-core", "opensora-models", "opensora-schedulers", "opensora-data", "opensora-accel"]
-TESTING = ["pytest", "pytest-timeout", "pytest-socket", "pytest-xdist", "hypothesis", "psutil"]
+TESTING = ["setuptools>=77", "pytest", "pytest-timeout", "pytest-socket", "pytest-xdist", "hypothesis", "psutil"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tests run side by side
 PARTS = {"opensora-core": "[tensorboard,plot]", "opensora-data": "[quickstart]"}
 

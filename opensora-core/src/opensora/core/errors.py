@@ -40,6 +40,8 @@ class OpenSoraError(Exception):
     """Base of all errors that opensora raises on purpose."""
 
     exit_code = 1
+    is_told_once = False
+    """Whether all processes have the same message, so that only the main one says it."""
 
 
 class UserError(OpenSoraError):

@@ -18,6 +18,8 @@ __all__ = ["Interrupted", "StopRequest", "stopping_on_signals"]
 class Interrupted(OpenSoraError):  # noqa: N818  # no error: the user asked for it
     """A signal ended the run in good order. Exit code 128 + signal, as shells expect."""
 
+    is_told_once = True
+
     def __init__(self, message: str, *, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
         super().__init__(message)

@@ -45,7 +45,8 @@ def run_command(command: Callable[[], int], *, debug: bool) -> int:
     except OpenSoraError as error:
         if debug:
             traceback.print_exc()
-        _say(str(error))
+        if not (_rank() and error.is_told_once):
+            _say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         if debug:

@@ -94,7 +94,10 @@ class UnknownKeyError(Exception):
     def say(self, path: str) -> str:
         """The message, for the full key path."""
         names = [one.alias for one in attrs.fields(self.cls) if one.init]
-        hint = did_you_mean(self.key, names) or f" It has: {', '.join(names[:12])}{', ...' if len(names) > 12 else '.'}"
+        listed = (
+            f"It has: {', '.join(names[:12])}{', ...' if len(names) > 12 else '.'}" if names else "It has no options."
+        )
+        hint = did_you_mean(self.key, names) or f" {listed}"
         helper = "" if "." in path or hint.startswith(" Did") else " Names of helpers start with an underscore."
         return f"{path} is not a field of {self.cls.__name__}.{hint}{helper}"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.core.components import build, structure_spec
-from opensora.core.composing import Parts, build_parts
+from opensora.core.composing import Parts, build_parts, checkpoint_activations
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import DataError
 from opensora.core.pipelines.sample_spec import SampleSpec
@@ -45,6 +45,8 @@ def describe_training(spec: TrainSpec) -> str:
             f"steps        {steps:,} of {per_step} samples a process ({steps * per_step / len(dataset):.1f} epochs)"
         )
     parts.denoiser.train()
+    if spec.grad_checkpoint:
+        checkpoint_activations(parts.denoiser)
     flops, activations = _measure(parts, spec.batch_size, train=True)
     trained = sum(each.numel() for each in parts.denoiser.parameters() if each.requires_grad)
     memory = {

@@ -45,6 +45,7 @@ class Sample:
             DataError: The prompt file can't be used.
         """
         check_components(spec, config.locations)
+        build_hooks(default_hooks(spec), spec.hooks, without=spec.without_hooks)
         self.spec, self.config = spec, config
         self.prompts = choose_prompts(spec)
 

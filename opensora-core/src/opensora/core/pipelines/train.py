@@ -57,6 +57,7 @@ class Train:
         check_components(spec, config.locations)
         if spec.mask_ratios:
             check_mask_ratios(spec.mask_ratios)
+        build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks)
         self.spec, self.config = spec, config
 
     def run(self) -> dict[str, Path]:
@@ -222,6 +223,10 @@ def count_steps(spec: TrainSpec, num_samples: int, samples_per_step: int, counte
     so_far = counters or Counters()
     steps = so_far.step + (spec.epochs * num_samples - so_far.samples) // samples_per_step
     if spec.max_steps is not None:
+        if steps < spec.max_steps:
+            log.info(
+                "epochs = %d end the run after %d steps, before max_steps = %d", spec.epochs, steps, spec.max_steps
+            )
         steps = min(steps, spec.max_steps)
     if steps < 1:
         raise ConfigError(

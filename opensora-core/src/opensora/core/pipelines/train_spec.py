@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from attrs import field, frozen
@@ -34,8 +35,8 @@ class TrainSpec(CompositionSpec):
 
     grad_checkpoint: bool = False
     """Compute each block's activations again in backward: less memory, about a third more time."""
-    num_workers: int = field(default=4, validator=ge(0))
-    """Processes that read clips ahead; 0 reads in the training process."""
+    num_workers: int = field(factory=lambda: min(4, os.cpu_count() or 1), validator=ge(0))
+    """Processes that read clips ahead; 0 reads in the training process. At first 4, or as many as there are processors."""
 
     # ---- how long, how many at once
     accumulation_steps: int = field(default=1, validator=gt(0))
