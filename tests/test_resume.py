@@ -87,7 +87,14 @@ def test_signal_saves_and_ends(
     long = write(tiny_training(clips, max_steps=150), "long.py")
     folder = tmp_path / "stopped"
     arguments = command_line("opensora-run", long, "--run-folder", folder)
-    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # ignored in the background
+    )
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
