@@ -25,7 +25,7 @@ class LossPlotSpec:
 
 
 class LossPlot:
-    """Draws each logged loss, and their running mean."""
+    """Draws the mean loss of each log record, and a running mean over about 3 % of the run."""
 
     Spec = LossPlotSpec
 
@@ -36,7 +36,7 @@ class LossPlot:
     def train_end(self, run: TrainRun) -> None:
         """Draw all that was logged, by earlier parts of the run too."""
         records = read_jsonl(run.folder / "metrics.jsonl") if run.accelerator.is_main else []
-        records = [record for record in records if math.isfinite(float(str(record["loss"])))]
+        records = [record for record in records if math.isfinite(float(str(record["avg_loss"])))]
         if not records:
             return
         try:
@@ -45,11 +45,11 @@ class LossPlot:
             log.info("No loss plot: pip install 'opensora-core[plot]'")
             return
         steps = [float(str(record["step"])) for record in records]
-        losses = [float(str(record["loss"])) for record in records]
+        losses = [float(str(record["avg_loss"])) for record in records]  # means since the last record
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         axes.plot(steps, losses, alpha=0.3, linewidth=0.8, label="loss")
-        axes.plot(steps, running_mean(losses), linewidth=1.5, label="running mean")
+        axes.plot(steps, running_mean(losses, weight=1 - 1 / max(1.0, 0.03 * len(losses))), linewidth=1.5, label="running mean")
         axes.set(xlabel="step", ylabel="loss", title=run.folder.name)
         if all(loss > 0 for loss in losses):
             axes.set_yscale("log")
@@ -59,8 +59,8 @@ class LossPlot:
         log.info("Loss plot %s", run.folder / "loss.png")
 
 
-def running_mean(values: list[float], weight: float = 0.97) -> list[float]:
-    """Exponential running mean, corrected for its start."""
+def running_mean(values: list[float], *, weight: float) -> list[float]:
+    """Exponential running mean, corrected for its start. ``weight`` is that of the past, in [0, 1)."""
     means, mean = [], 0.0
     for count, value in enumerate(values, start=1):
         mean = weight * mean + (1 - weight) * value
