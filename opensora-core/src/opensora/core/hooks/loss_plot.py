@@ -49,7 +49,8 @@ class LossPlot:
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         axes.plot(steps, losses, alpha=0.3, linewidth=0.8, label="loss")
-        axes.plot(steps, running_mean(losses, weight=1 - 1 / max(1.0, 0.03 * len(losses))), linewidth=1.5, label="running mean")
+        smooth = running_mean(losses, weight=1 - 1 / max(1.0, 0.03 * len(losses)))
+        axes.plot(steps, smooth, linewidth=1.5, label="running mean")
         axes.set(xlabel="step", ylabel="loss", title=run.folder.name)
         if all(loss > 0 for loss in losses):
             axes.set_yscale("log")
