@@ -45,7 +45,7 @@ def slow(session: nox.Session) -> None:
 
 @nox.session
 def quickstart(session: nox.Session) -> None:
-    """Train a small model on moving digits, sample from it and grade the samples: about 8 minutes on two cores."""
+    """Train a small model on moving digits, sample from it and grade the samples: about 7 minutes on two cores."""
     install_all(session)
     session.run("opensora-run", "quickstart", *session.posargs)
 
