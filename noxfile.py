@@ -82,7 +82,7 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", "build", "--strict", "--site-dir", "site")
 
 
-@nox.session
+@nox.session(reuse_venv=False)
 def install(session: nox.Session) -> None:
     """Built wheels, one piece at a time, where nothing else is: commands work, models are there, hints are right."""
     folder = Path(session.create_tmp()).resolve()
