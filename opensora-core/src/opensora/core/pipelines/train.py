@@ -69,7 +69,7 @@ class Train:
                 stack.enter_context(held(folder))
                 stack.enter_context(logging_to(folder / "run.log"))
                 sweep(folder)
-            run = build_run(self.spec, folder, accelerator, stop)
+            run = build_run(self.spec, folder, accelerator, stop, load_pretrained=source is None)
             if source:
                 resume(run, source)
             if accelerator.is_main:  # not before: a config that does not fit must not replace the one that did
@@ -127,8 +127,14 @@ def choose_folder(spec: TrainSpec, source: Path | None) -> Path:
     return new_run_folder(Path(spec.outputs), spec.name or spec.model.type)
 
 
-def build_run(spec: TrainSpec, folder: Path, accelerator: Accelerator, stop: StopRequest) -> TrainRun:
-    """Build every part of the run, connect them, and place them on the device."""
+def build_run(
+    spec: TrainSpec, folder: Path, accelerator: Accelerator, stop: StopRequest, *, load_pretrained: bool
+) -> TrainRun:
+    """Build every part of the run, connect them, and place them on the device.
+
+    Args:
+        load_pretrained: Whether to take ``model.from_pretrained``; a checkpoint would replace those weights at once.
+    """
     hooks = build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks)
     dataset: Dataset = build("datasets", spec.dataset)
     slicing = Slicing(
@@ -140,7 +146,7 @@ def build_run(spec: TrainSpec, folder: Path, accelerator: Accelerator, stop: Sto
     max_steps = count_steps(spec, len(dataset), slicing.samples_per_step)
     size = clip_size(dataset, spec.seed)
     torch.manual_seed(spec.seed)  # initial weights
-    parts = build_parts(spec, size_of=lambda: size, load_pretrained=not spec.load)
+    parts = build_parts(spec, size_of=lambda: size, load_pretrained=load_pretrained)
     if spec.grad_checkpoint:
         log.info("Activation checkpointing of %d blocks", checkpoint_activations(parts.denoiser))
     hooks.denoiser_built(denoiser=parts.denoiser, spec=spec)

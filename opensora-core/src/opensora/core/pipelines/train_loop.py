@@ -126,6 +126,12 @@ class TrainRun:
         self.hooks.checkpoint_saved(run=self, path=path)
         return path
 
+    def ensure_saved(self) -> Path:
+        """The checkpoint of this moment, written if it isn't yet; see `save_checkpoint`."""
+        if self.last_checkpoint is None or self.last_saved_step != self.counters.step:
+            return self.save_checkpoint()
+        return self.last_checkpoint
+
 
 def train(run: TrainRun) -> None:
     """Train until ``run.max_steps``, going on exactly where ``run.counters`` stands.
@@ -151,8 +157,7 @@ def train(run: TrainRun) -> None:
         window.add(update)
         run.hooks.step_end(run=run, update=update)
         check_finite(run, update, micro_batches)
-    if run.last_saved_step != run.counters.step:
-        run.save_checkpoint()
+    run.ensure_saved()
 
 
 def read_together(run: TrainRun, batches: Iterator[Batch]) -> list[Batch]:
@@ -177,7 +182,7 @@ def read_together(run: TrainRun, batches: Iterator[Batch]) -> list[Batch]:
     if worst == 2:
         raise PeerError("Stopped: another process could not go on; its message says why.")
     if worst == 1:
-        path = run.save_checkpoint()
+        path = run.ensure_saved()
         raise Interrupted(
             f"Stopped at step {run.counters.step} of {run.max_steps}, saved {path}. "
             f"Go on with: opensora-run {run.folder}/config.py --load {run.folder}",
