@@ -36,7 +36,6 @@ class SampleOrder:
 
     num_samples: int
     seed: int
-    shuffle: bool = True
     _epoch: int = -1
     _permutation: torch.Tensor = field(factory=lambda: torch.empty(0, dtype=torch.int64))
 
@@ -48,8 +47,6 @@ class SampleOrder:
         return SampleKey(seed=self.seed, index=int(self._permutation[offset]), epoch=epoch)
 
     def _permute(self, epoch: int) -> torch.Tensor:
-        if not self.shuffle:
-            return torch.arange(self.num_samples)
         return torch.randperm(self.num_samples, generator=generator_for(self.seed, "order", epoch))
 
 
