@@ -12,7 +12,9 @@ import pytest
 import opensora.schedulers
 
 
-@pytest.mark.parametrize("name", ["guidance", "iddpm", "noise_schedules", "rectified_flow"])
+@pytest.mark.parametrize(
+    "name", ["dpm_solver", "guidance", "iddpm", "iddpm_speed", "noise_schedules", "rectified_flow"]
+)
 def test_all_lists_the_public_names(name):
     module = import_module(f"opensora.schedulers.{name}")
     own = {
@@ -32,7 +34,7 @@ def test_the_package_exports_what_it_says():
 def test_entry_points_lead_to_components():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     entries = project["entry-points"]["opensora.schedulers"]
-    assert set(entries) == {"iddpm", "rflow"}
+    assert set(entries) == {"dpm-solver", "iddpm", "iddpm-speed", "rflow"}
     for target in entries.values():
         module, _, name = target.partition(":")
         component = getattr(import_module(module), name)
