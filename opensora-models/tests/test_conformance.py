@@ -16,11 +16,43 @@ def test_stdit3(name, options):
     check_denoiser(name, **SMALL | options)
 
 
-@pytest.mark.parametrize("name", ["DiT", "DiT-XL/2", "DiT-XL/2x2"])
+@pytest.mark.parametrize("name", ["STDiT", "STDiT-XL/2"])
+@pytest.mark.parametrize("options", [{}, {"pred_sigma": False, "patch_size": (2, 2, 2)}], ids=str)
+def test_stdit(name, options):
+    check_denoiser(name, **SMALL | options)
+
+
+@pytest.mark.parametrize("name", ["STDiT2", "STDiT2-XL/2"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"qk_norm": True, "qk_norm_legacy": True}, {"patch_size": (2, 2, 2), "pred_sigma": False}],
+    ids=str,
+)
+def test_stdit2(name, options):
+    check_denoiser(name, **SMALL | {"hidden_size": 24} | options)
+
+
+DIT_SIZES = [f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("name", ["DiT", *DIT_SIZES, "DiT-XL/2x2", "Latte", "Latte-XL/2", "Latte-XL/2x2"])
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "text"])
-def test_dit(name, labelled):
+def test_dit_and_latte(name, labelled):
     condition = {"condition": "label_4"} if labelled else {"condition": "text"}
     check_denoiser(name, text_width=None if labelled else 16, text_length=1, **SMALL | condition)
+
+
+@pytest.mark.parametrize("name", ["PixArt", "PixArt-XL/2", "PixArt-1B/2", "PixArtMS", "PixArtMS-XL/2"])
+@pytest.mark.parametrize("options", [{}, {"pred_sigma": False, "patch_size": (2, 2, 2)}, {"base_size": 16}], ids=str)
+def test_pixart(name, options):
+    check_denoiser(name, **SMALL | {"hidden_size": 24} | options)
+
+
+@pytest.mark.parametrize("name", ["PixArt_Sigma", "PixArt-Sigma-XL/2"])
+@pytest.mark.parametrize("sampling", [None, "conv", "ave", "uniform", "uniform_every"])
+def test_pixart_sigma(name, sampling):
+    compression = {"sampling": sampling, "scale_factor": 2, "kv_compress_layer": (1,)}
+    check_denoiser(name, latent_size=(1, 8, 8), qk_norm=True, kv_compress_config=compression, **SMALL)
 
 
 def test_identity_vae():

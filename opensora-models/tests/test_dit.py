@@ -7,6 +7,7 @@ import torch
 
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError, ShapeError
+from opensora.models import dit
 from opensora.models.dit import DiT, DiT_XL_2, DiT_XL_2x2
 
 FILES = ["dit_text_video", "dit_label_image", "dit_patch222_nosigma"]
@@ -88,6 +89,18 @@ def test_presets_have_the_published_keys_and_counts(assert_key_table, golden_jso
     with torch.device("meta"):
         model = preset(spec, latent_channels=4, latent_size=size, text_width=512 if condition == "text" else None)
     assert_key_table(model, table)
+
+
+# The paper's table 1 (millions of parameters, rounded down) at 256x256 with 1000 classes.
+@pytest.mark.parametrize(("size", "millions"), [("S", 32), ("B", 130), ("L", 457), ("XL", 674)])
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_presets_have_the_sizes_of_the_paper(size, millions, patch):
+    preset = getattr(dit, f"DiT_{size}_{patch}")
+    with torch.device("meta"):
+        model = preset(preset.Spec(condition="label_1000"), latent_channels=4, latent_size=(1, 32, 32), text_width=None)
+    assert model.patch_size == (1, patch, patch)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert abs(count / 1e6 - millions) < 2
 
 
 def test_fresh_model_predicts_zero():

@@ -12,10 +12,17 @@ import opensora.models
 
 MODULES = [
     "dit",
+    "latte",
+    "pixart",
+    "pixart_sigma",
+    "stdit",
+    "stdit2",
     "stdit3",
     "text_encoders.classes",
     "text_encoders.cleaning",
+    "text_encoders.clip",
     "text_encoders.hashed_words",
+    "text_encoders.minilm",
     "text_encoders.t5",
     "vae.identity",
     "vae.image_vae",

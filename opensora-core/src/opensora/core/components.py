@@ -44,6 +44,7 @@ __all__ = [
 KINDS: Mapping[str, str] = {
     "models": "model",
     "vaes": "VAE",
+    "discriminators": "discriminator",
     "text_encoders": "text encoder",
     "schedulers": "scheduler",
     "datasets": "dataset",

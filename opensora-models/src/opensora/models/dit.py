@@ -14,13 +14,15 @@ from typing import Any, ClassVar
 
 import torch
 from attrs import Attribute, field, frozen
-from attrs.validators import and_, ge, gt, le
+from attrs.validators import and_, ge, gt, in_, le
 from torch import Tensor, nn
 
 from opensora.core.components import preset
 from opensora.core.conditioning import Conditioning
-from opensora.core.errors import ConfigError, ShapeError
+from opensora.core.errors import ConfigError
+from opensora.core.interop import Interop
 from opensora.core.protocols import Size
+from opensora.models import _interop
 from opensora.models._key_maps import adapt_dit
 from opensora.models._layers.attention import SelfAttention
 from opensora.models._layers.conditions import required
@@ -28,10 +30,28 @@ from opensora.models._layers.embedders import CaptionEmbedder, LabelEmbedder, Nu
 from opensora.models._layers.feed_forward import FeedForward
 from opensora.models._layers.final_layers import FinalLayer
 from opensora.models._layers.modulation import add_gated, layer_norm, modulate
-from opensora.models._layers.patches import Patch, PatchEmbed3D, token_grid, unpatchify
+from opensora.models._layers.patches import PatchEmbed3D, token_grid, unpatchify
 from opensora.models._layers.positions import spatial_table, temporal_table
+from opensora.models._layers.sizes import check_size, whole_patches
 
-__all__ = ["DiT", "DiTBlock", "DiTSpec", "DiT_XL_2", "DiT_XL_2x2"]
+__all__ = [
+    "DiT",
+    "DiTBlock",
+    "DiTSpec",
+    "DiT_B_2",
+    "DiT_B_4",
+    "DiT_B_8",
+    "DiT_L_2",
+    "DiT_L_4",
+    "DiT_L_8",
+    "DiT_S_2",
+    "DiT_S_4",
+    "DiT_S_8",
+    "DiT_XL_2",
+    "DiT_XL_2x2",
+    "DiT_XL_4",
+    "DiT_XL_8",
+]
 
 
 def _check_condition(_: object, attribute: Attribute[Any], value: str) -> None:
@@ -61,7 +81,10 @@ class DiTSpec:
     condition: str = field(default="text", validator=_check_condition)
     """"text" for one pooled vector a caption (clip), "label_1000" for 1000 classes (text encoder "classes")."""
     no_temporal_pos_emb: bool = False
-    """Leave out the position of a frame: for images."""
+    """Leave out the position of a frame: for images. Latte has it all the same."""
+    frequency_shift: int = field(default=0, validator=in_((0, 1)))
+    """0: the timestep's frequencies are those of DiT's own code. 1: those that diffusers' DiTTransformer2DModel computes, for
+    weights that were trained with it; they differ enough to change the output."""
 
     def __attrs_post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -102,6 +125,9 @@ class DiT(nn.Module):
     """
 
     Spec: ClassVar[type] = DiTSpec
+    interop: ClassVar[Interop] = _interop.DIT
+    title: ClassVar[str] = "DiT"
+    """What messages call it."""
     pos_embed_spatial: Tensor
     pos_embed_temporal: Tensor
 
@@ -121,8 +147,8 @@ class DiT(nn.Module):
             ShapeError: ``latent_size`` is not square, not a multiple of the patch, or None (clips of different sizes).
         """
         super().__init__()
-        _check_text_encoder(spec, text_width, text_length)
-        latent_size = _checked_size(latent_size, spec.patch_size)
+        _check_text_encoder(self.title, spec, text_width, text_length)
+        latent_size = whole_patches(latent_size, spec.patch_size, model=self.title, square=True)
         self.spec = spec
         self.condition_dropout = spec.class_dropout_prob
         self.patch_size = spec.patch_size
@@ -134,16 +160,20 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed3D(spec.patch_size, latent_channels, width)
         self.register_buffer("pos_embed_spatial", spatial_table(width, side, side)[None])
         self.register_buffer("pos_embed_temporal", temporal_table(width, frames)[None])
-        self.t_embedder = NumberEmbedder(width)
+        self.t_embedder = NumberEmbedder(width, frequency_shift=spec.frequency_shift)
         self.y_embedder: LabelEmbedder | CaptionEmbedder
         if text_width is None:
             self.y_embedder = LabelEmbedder(spec.num_classes or 0, width, has_null=spec.class_dropout_prob > 0)
         else:
             self.y_embedder = CaptionEmbedder(text_width, width, num_tokens=1)
-        self.blocks = nn.ModuleList(DiTBlock(spec) for _ in range(spec.depth))
+        self.blocks = nn.ModuleList(self.build_block(index) for index in range(spec.depth))
         self.final_layer = FinalLayer(width, torch.Size(spec.patch_size).numel() * out_channels)
 
         self._initialize()
+
+    def build_block(self, index: int) -> DiTBlock:
+        """The block at that depth."""
+        return DiTBlock(self.spec)
 
     def forward(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """See `opensora.core.protocols.Denoiser`: [B, C, T, H, W] and [B] -> [B, C or 2C, T, H, W] float32.
@@ -162,22 +192,22 @@ class DiT(nn.Module):
 
     def embed_patches(self, latents: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, T, S, D], positions added."""
-        if tuple(latents.shape[2:]) != self.latent_size:
-            raise ShapeError(
-                f"The latents are {_format(latents.shape[2:])}; this model was built for {_format(self.latent_size)} "
-                "(frames x height x width) and does no other size. Build it for the size you need."
-            )
-        x = self.x_embedder(latents.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed_spatial
+        x = self.embed_frames(latents)
         return x if self.spec.no_temporal_pos_emb else x + self.pos_embed_temporal[:, :, None]
+
+    def embed_frames(self, latents: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, T, S, D], positions in the frame added."""
+        check_size(latents, self.latent_size)
+        return self.x_embedder(latents.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed_spatial
 
     def embed_condition(self, conditioning: Conditioning) -> Tensor:
         """[B, D]."""
         if isinstance(self.y_embedder, LabelEmbedder):
-            return self.y_embedder(required(conditioning, "labels", "DiT"), conditioning.dropped)
-        return self.y_embedder(required(conditioning, "text_embedding", "DiT"), conditioning.dropped).squeeze(1)
+            return self.y_embedder(required(conditioning, "labels", self.title), conditioning.dropped)
+        return self.y_embedder(required(conditioning, "text_embedding", self.title), conditioning.dropped).squeeze(1)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Turn a published checkpoint of DiT into this model's keys and shapes, whatever size it was trained at.
+        """Turn a published checkpoint of DiT (or Latte) into this model's keys and shapes, whatever size it was trained at.
 
         Position tables are this model's own, since they follow from its size.
         """
@@ -203,34 +233,27 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
 
-def _check_text_encoder(spec: DiTSpec, text_width: int | None, text_length: int | None) -> None:
+def _check_text_encoder(model: str, spec: DiTSpec, text_width: int | None, text_length: int | None) -> None:
     if spec.condition == "text" and text_width is None:
         raise ConfigError('model.condition is "text", but the text encoder gives class labels. Try "label_1000".')
     if spec.condition == "text" and text_length not in (None, 1):
         raise ConfigError(
-            f"DiT takes one vector a caption; this text encoder gives {text_length} tokens. Use STDiT3 for such text."
+            f"{model} takes one vector a caption; this text encoder gives {text_length} tokens. Use STDiT3 for such text."
         )
     if spec.condition != "text" and text_width is not None:
         raise ConfigError(f'model.condition is "{spec.condition}", but the text encoder gives text. Use "classes".')
 
 
-def _checked_size(size: Size | None, patch_size: Patch) -> Size:
-    if size is None:
-        raise ShapeError(
-            "DiT has one size, and the clips of this dataset differ in theirs. Use STDiT3, or one image_size."
-        )
-    frames, side = (max(1, round(length / patch)) * patch for length, patch in zip(size, patch_size[:2], strict=False))
-    if size != (nearest := (frames, side, side)):
-        raise ShapeError(
-            f"DiT needs square latents in multiples of its patch {_format(patch_size)}, not {_format(size)} "
-            f"(frames x height x width). Nearest: {_format(nearest)}."
-        )
-    return size
-
-
-def _format(size: Any) -> str:
-    return "x".join(map(str, size))
-
-
 DiT_XL_2 = preset(DiT, "DiT_XL_2", depth=28, hidden_size=1152, patch_size=(1, 2, 2), num_heads=16)
 DiT_XL_2x2 = preset(DiT, "DiT_XL_2x2", depth=28, hidden_size=1152, patch_size=(2, 2, 2), num_heads=16)
+DiT_XL_4 = preset(DiT, "DiT_XL_4", depth=28, hidden_size=1152, patch_size=(1, 4, 4), num_heads=16)
+DiT_XL_8 = preset(DiT, "DiT_XL_8", depth=28, hidden_size=1152, patch_size=(1, 8, 8), num_heads=16)
+DiT_L_2 = preset(DiT, "DiT_L_2", depth=24, hidden_size=1024, patch_size=(1, 2, 2), num_heads=16)
+DiT_L_4 = preset(DiT, "DiT_L_4", depth=24, hidden_size=1024, patch_size=(1, 4, 4), num_heads=16)
+DiT_L_8 = preset(DiT, "DiT_L_8", depth=24, hidden_size=1024, patch_size=(1, 8, 8), num_heads=16)
+DiT_B_2 = preset(DiT, "DiT_B_2", depth=12, hidden_size=768, patch_size=(1, 2, 2), num_heads=12)
+DiT_B_4 = preset(DiT, "DiT_B_4", depth=12, hidden_size=768, patch_size=(1, 4, 4), num_heads=12)
+DiT_B_8 = preset(DiT, "DiT_B_8", depth=12, hidden_size=768, patch_size=(1, 8, 8), num_heads=12)
+DiT_S_2 = preset(DiT, "DiT_S_2", depth=12, hidden_size=384, patch_size=(1, 2, 2), num_heads=6)
+DiT_S_4 = preset(DiT, "DiT_S_4", depth=12, hidden_size=384, patch_size=(1, 4, 4), num_heads=6)
+DiT_S_8 = preset(DiT, "DiT_S_8", depth=12, hidden_size=384, patch_size=(1, 8, 8), num_heads=6)

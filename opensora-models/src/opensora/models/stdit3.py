@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from opensora.core.components import preset
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError, ShapeError
+from opensora.core.interop import Interop
+from opensora.models import _interop
 from opensora.models._key_maps import adapt_stdit3
-from opensora.models._layers.attention import CrossAttention, SelfAttention, attention_mask
+from opensora.models._layers.attention import CrossAttention, SelfAttention, attended_text
 from opensora.models._layers.conditions import required
 from opensora.models._layers.embedders import CaptionEmbedder, NumberEmbedder, replace_dropped
 from opensora.models._layers.feed_forward import FeedForward
@@ -28,6 +30,7 @@ from opensora.models._layers.final_layers import TableFinalLayer
 from opensora.models._layers.modulation import DropPath, FrameChoice, add_gated, layer_norm, modulate
 from opensora.models._layers.patches import PatchEmbed3D, token_grid, unpatchify
 from opensora.models._layers.positions import RotaryEmbedding, grid_coordinates, sincos_2d
+from opensora.models._layers.remembered import remembered
 
 __all__ = ["STDiT3", "STDiT3Block", "STDiT3Spec", "STDiT3_3B_2", "STDiT3_XL_2"]
 
@@ -111,6 +114,7 @@ class STDiT3(nn.Module):
     """
 
     Spec: ClassVar[type] = STDiT3Spec
+    interop: ClassVar[Interop] = _interop.STDIT3
 
     def __init__(self, spec: STDiT3Spec, *, latent_channels: int, text_width: int | None, text_length: int) -> None:
         """``text_width`` and ``text_length`` are those of the text encoder.
@@ -165,6 +169,7 @@ class STDiT3(nn.Module):
         """[B, D] -> [B, 1, 1, 6D]: shifts, scales and gates that all blocks share, before each adds its own table."""
         return self.t_block(t)[:, None, None]
 
+    @remembered("y_embedder")
     def embed_text(self, conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
         """Text [B, L, D] with dropped captions replaced, and its mask [B, 1, 1, L]. The same at every sampling step."""
         embedding = required(conditioning, "text_embedding", "STDiT3")
@@ -179,7 +184,7 @@ class STDiT3(nn.Module):
                 f"With skip_y_embedder the text embedding must have the model's width {self.spec.hidden_size}; "
                 f"it has {embedding.shape[-1]}."
             )
-        return text, attention_mask(conditioning.text_mask)
+        return attended_text(text, conditioning.text_mask)
 
     def embed_patches(self, latents: Tensor, conditioning: Conditioning) -> Tensor:
         """[B, C, T, H, W] -> [B, T, S, D], positions added."""

@@ -17,21 +17,25 @@ FREQUENCIES = 256
 """Width of the sinusoid that numbers pass through."""
 
 
-def sinusoid(values: Tensor, width: int) -> Tensor:
+def sinusoid(values: Tensor, width: int, *, frequency_shift: int = 0) -> Tensor:
     """Cosines, then sines of ``values`` [...] at frequencies 1 .. 1/10000, float32 [..., width]; an odd width ends in a 0."""
-    angles = values.float()[..., None] * frequencies(width // 2, device=values.device)
+    angles = values.float()[..., None] * frequencies(width // 2, shift=frequency_shift, device=values.device)
     return torch.cat([angles.cos(), angles.sin(), angles.new_zeros(*angles.shape[:-1], width % 2)], dim=-1)
 
 
-def frequencies(count: int, *, device: torch.device | None = None) -> Tensor:
+def frequencies(count: int, *, shift: int = 0, device: torch.device | None = None) -> Tensor:
     """``count`` float32 frequencies from 1 down to 1/10000, the same to the last bit on every machine.
+
+    The last stays just above 1/10000, but with ``shift`` 1 reaches it.
 
     A float32 ``exp`` rounds differently from CPU to CPU, and at timestep 999 the last bit moves an angle by 6e-5. So it is
     float64 (but on MPS, which has none), and the two near a rounding tie are put on the side of the reference vectors.
     """
     index = torch.arange(count, dtype=torch.float32, device=device)
     precise = torch.float32 if index.device.type == "mps" else torch.float64
-    exact = (-math.log(10000) * index / count).to(precise).exp()
+    exact = (-math.log(10000) * index / (count - shift)).to(precise).exp()
+    if shift:
+        return exact.float()
     tied = (index / count == 13 / 128) | (index / count == 44 / 128)
     return torch.where(tied, exact * (1 + 2**-28), exact).float()
 
@@ -39,13 +43,16 @@ def frequencies(count: int, *, device: torch.device | None = None) -> Tensor:
 class NumberEmbedder(nn.Module):
     """Embeds a number a sample: a timestep, frame rate, height, ... Fractions are welcome."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, frequency_shift: int = 0) -> None:
+        """``frequency_shift``: see `frequencies`."""
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, values: Tensor) -> Tensor:
         """[...] -> [..., D]. The sinusoid is float32, whatever the weights are."""
-        return self.mlp(sinusoid(values, FREQUENCIES).to(self.mlp.get_parameter("0.weight").dtype))
+        waves = sinusoid(values, FREQUENCIES, frequency_shift=self.frequency_shift)
+        return self.mlp(waves.to(self.mlp.get_parameter("0.weight").dtype))
 
 
 class LabelEmbedder(nn.Module):
