@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora.core import Clip, DataError, MachineError, SampleKey, ShapeError
-from opensora.core.loading import Batch, SampleOrder, Slicing, UnreadableFiles, iter_batches
+from opensora.core.loading import Batch, BatchOrder, Place, SampleOrder, Slicing, UnreadableFiles, iter_batches
 
 # ---- order
 
@@ -62,7 +62,7 @@ def test_processes_and_micro_batches_share_out_each_step(
     dealt: list[list[SampleKey]] = [[] for _ in range(steps)]
     for rank in range(world_size):
         slicing = Slicing(batch_size=batch_size, accumulation=accumulation, world_size=world_size, rank=rank)
-        micro_batches = slicing.iter_micro_batches(order, position)
+        micro_batches = order.iter_micro_batches(slicing, Place(samples=position))
         for step in range(steps):
             for micro_batch in islice(micro_batches, accumulation):
                 assert len(micro_batch) == batch_size
@@ -105,7 +105,7 @@ def batches(
 ) -> list[Batch]:
     order = SampleOrder(len(dataset), 1)
     slicing = Slicing(batch_size=batch_size)
-    endless = iter_batches(dataset, order, slicing, position=position, num_workers=num_workers)
+    endless = iter_batches(dataset, order, slicing, place=Place(samples=position), num_workers=num_workers)
     return list(islice(endless, count))
 
 
@@ -272,3 +272,48 @@ def test_more_than_the_allowed_share_stops_the_run(
         caught.value
     )
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == allowed + 1
+
+
+class OwnBatches:
+    """Epoch e has 3 + e batches of 1, 2, 3, ... rows."""
+
+    def __len__(self) -> int:
+        return 50
+
+    def batches(self, seed: int, epoch: int) -> list[list[SampleKey]]:
+        return [
+            [SampleKey(seed, 10 * number + row, epoch, (1, 2, 2)) for row in range(number + 1)]
+            for number in range(3 + epoch)
+        ]
+
+
+@given(world_size=st.integers(1, 4), accumulation=st.integers(1, 3), steps=st.integers(0, 5))
+def test_own_batches_are_each_dealt_once_and_go_on_from_any_step(world_size, accumulation, steps):
+    order = BatchOrder(OwnBatches(), 7)
+    everything = [batch for epoch in range(20) for batch in OwnBatches().batches(7, epoch)]
+    slicings = [
+        Slicing(batch_size=1, accumulation=accumulation, world_size=world_size, rank=rank) for rank in range(world_size)
+    ]
+    place = Place()
+    for _ in range(steps):
+        place = order.after_step(slicings[0], place)
+    seen = steps * accumulation * world_size
+    assert place.samples == sum(len(batch) for batch in everything[:seen])
+    dealt = [list(islice(order.iter_micro_batches(slicing, place), accumulation)) for slicing in slicings]
+    in_turns = [dealt[rank][micro] for micro in range(accumulation) for rank in range(world_size)]
+    assert in_turns == everything[seen : seen + accumulation * world_size]
+
+
+def test_epochs_of_own_batches_are_counted():
+    order = BatchOrder(OwnBatches(), 0)
+    slicing = Slicing(batch_size=1)
+    assert order.epochs(Place(epoch=2, batch=1)) == 2.2
+    assert order.steps_left(slicing, Place(epoch=1, batch=3), epochs=3) == 5
+    assert order.after_step(slicing, Place(epoch=0, batch=2)) == Place(samples=3, epoch=1, batch=0)
+
+
+def test_no_batch_at_all_is_an_error():
+    empty = OwnBatches()
+    empty.batches = lambda seed, epoch: []
+    with pytest.raises(DataError, match="None of the 50 rows falls into a bucket in epoch 0"):
+        BatchOrder(empty, 0).of_epoch(0)

@@ -1,8 +1,9 @@
 """Which samples a step sees, and how they are read.
 
-The order of samples is a pure function of (seed, epoch). Epochs follow one another without a gap: a batch may hold the last
-samples of one epoch and the first of the next, so nothing is dropped or repeated, and a position in the data is one number,
-the count of samples that all processes have seen. It means the same whatever the batch size or the number of processes.
+The order of samples is a pure function of (seed, epoch). Epochs follow one another without a gap, so nothing is dropped
+or repeated. Where all clips have one size, a batch may hold the last samples of one epoch and the first of the next, and the
+place in the data is the count of samples that all processes have seen; it means the same whatever batch size and number of
+processes. Where clips differ in size, the dataset makes the batches of each epoch, and the place is the count of those.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import attrs
 import torch
 from attrs import define, field, frozen
 
@@ -22,7 +25,17 @@ from opensora.core.protocols import IMAGE_FPS, Clip, Dataset, Size, batch_condit
 from opensora.core.randomness import SampleDraws, SampleKey, generator_for
 from opensora.core.run_folder import append_jsonl, read_jsonl
 
-__all__ = ["Batch", "SampleOrder", "Slicing", "UnreadableFiles", "iter_batches", "stand_in"]
+__all__ = [
+    "Batch",
+    "BatchOrder",
+    "Order",
+    "Place",
+    "SampleOrder",
+    "Slicing",
+    "UnreadableFiles",
+    "iter_batches",
+    "stand_in",
+]
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +43,43 @@ _Failed = tuple[SampleKey, str]
 """A sample that could not be read, and the reason."""
 
 
+@frozen(kw_only=True)
+class Place:
+    """Where a run stands in its data, all processes together."""
+
+    samples: int = 0
+    """Samples seen."""
+    epoch: int = 0
+    """Of the dataset's own batches: which epoch's come next."""
+    batch: int = 0
+    """Of the dataset's own batches: how many of that epoch's were seen."""
+
+
+class Order(Protocol):
+    """Which samples each micro-batch holds, for ever."""
+
+    num_samples: int
+
+    def iter_micro_batches(self, slicing: Slicing, place: Place) -> Iterator[list[SampleKey]]:
+        """One process's micro-batches from ``place`` on."""
+        ...
+
+    def after_step(self, slicing: Slicing, place: Place) -> Place:
+        """Where the next step begins."""
+        ...
+
+    def epochs(self, place: Place) -> float:
+        """Passes over the data so far."""
+        ...
+
+    def steps_left(self, slicing: Slicing, place: Place, epochs: int) -> int:
+        """Whole steps from ``place`` to the end of that many epochs."""
+        ...
+
+
 @define
 class SampleOrder:
-    """Endless shuffled order over ``num_samples`` samples."""
+    """Endless shuffled order over ``num_samples`` samples, for clips of one size."""
 
     num_samples: int
     seed: int
@@ -46,8 +93,97 @@ class SampleOrder:
             self._epoch, self._permutation = epoch, self._permute(epoch)
         return SampleKey(seed=self.seed, index=int(self._permutation[offset]), epoch=epoch)
 
+    def iter_micro_batches(self, slicing: Slicing, place: Place) -> Iterator[list[SampleKey]]:
+        """See `Order`."""
+        position = place.samples
+        while True:
+            for micro in range(slicing.accumulation):
+                start = position + (micro * slicing.world_size + slicing.rank) * slicing.batch_size
+                yield [self.key(start + offset) for offset in range(slicing.batch_size)]
+            position += slicing.samples_per_step
+
+    def after_step(self, slicing: Slicing, place: Place) -> Place:
+        """See `Order`."""
+        return Place(samples=place.samples + slicing.samples_per_step)
+
+    def epochs(self, place: Place) -> float:
+        """See `Order`."""
+        return place.samples / self.num_samples
+
+    def steps_left(self, slicing: Slicing, place: Place, epochs: int) -> int:
+        """See `Order`."""
+        return (epochs * self.num_samples - place.samples) // slicing.samples_per_step
+
     def _permute(self, epoch: int) -> torch.Tensor:
         return torch.randperm(self.num_samples, generator=generator_for(self.seed, "order", epoch))
+
+
+class OwnBatches(Protocol):
+    """A dataset that makes its own batches, each of clips of one size: its keys have a ``size``."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, seed: int, epoch: int) -> Sequence[Sequence[SampleKey]]:
+        """The batches of an epoch, a pure function of its arguments; each is one process's micro-batch."""
+        ...
+
+
+@define
+class BatchOrder:
+    """Endless order over the batches that a dataset makes anew each epoch, for clips that differ in size."""
+
+    dataset: OwnBatches
+    seed: int
+    _made: dict[int, Sequence[Sequence[SampleKey]]] = field(factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the dataset, those included that are in no batch."""
+        return len(self.dataset)
+
+    def of_epoch(self, epoch: int) -> Sequence[Sequence[SampleKey]]:
+        """The batches of one epoch.
+
+        Raises:
+            DataError: There are none.
+        """
+        if epoch not in self._made:
+            batches = self.dataset.batches(self.seed, epoch)
+            if not len(batches):
+                raise DataError(
+                    f"None of the {self.num_samples} rows falls into a bucket in epoch {epoch}: they are smaller or shorter "
+                    "than bucket_config asks for, or its probabilities leave them out. Add a smaller size or length."
+                )
+            self._made = {old: made for old, made in self._made.items() if old >= epoch - 1} | {epoch: batches}
+        return self._made[epoch]
+
+    def iter_micro_batches(self, slicing: Slicing, place: Place) -> Iterator[list[SampleKey]]:
+        """See `Order`; batches are dealt to the processes in turns, and keep their own size."""
+        for _, batch in islice(self._from(place), slicing.rank, None, slicing.world_size):
+            yield list(batch)
+
+    def after_step(self, slicing: Slicing, place: Place) -> Place:
+        """See `Order`."""
+        step = list(islice(self._from(place), slicing.accumulation * slicing.world_size))
+        samples = place.samples + sum(len(batch) for _, batch in step)
+        return attrs.evolve(step[-1][0], samples=samples)
+
+    def epochs(self, place: Place) -> float:
+        """See `Order`."""
+        return place.epoch + place.batch / len(self.of_epoch(place.epoch))
+
+    def steps_left(self, slicing: Slicing, place: Place, epochs: int) -> int:
+        """See `Order`; each epoch counts like the present one."""
+        batches = (epochs - place.epoch) * len(self.of_epoch(place.epoch)) - place.batch
+        return batches // (slicing.accumulation * slicing.world_size)
+
+    def _from(self, place: Place) -> Iterator[tuple[Place, Sequence[SampleKey]]]:
+        """Batches from ``place`` on, each with the place after it."""
+        for epoch in count(place.epoch):
+            batches = self.of_epoch(epoch)
+            for index in range(place.batch if epoch == place.epoch else 0, len(batches)):
+                is_last = index + 1 == len(batches)
+                yield Place(epoch=epoch + is_last, batch=0 if is_last else index + 1), batches[index]
 
 
 @frozen(kw_only=True)
@@ -63,14 +199,6 @@ class Slicing:
     def samples_per_step(self) -> int:
         """Over all processes."""
         return self.batch_size * self.accumulation * self.world_size
-
-    def iter_micro_batches(self, order: SampleOrder, position: int) -> Iterator[list[SampleKey]]:
-        """This process's micro-batches from ``position`` on, for ever."""
-        while True:
-            for micro in range(self.accumulation):
-                start = position + (micro * self.world_size + self.rank) * self.batch_size
-                yield [order.key(start + offset) for offset in range(self.batch_size)]
-            position += self.samples_per_step
 
 
 @frozen(kw_only=True, eq=False)
@@ -90,6 +218,11 @@ class Batch:
     def __len__(self) -> int:
         """Samples that were read."""
         return len(self.keys)
+
+    @property
+    def nominal_size(self) -> int:
+        """Samples that were to be read."""
+        return len(self.keys) + len(self.failed)
 
     def draws(self, device: torch.device) -> SampleDraws:
         """The random numbers of these samples."""
@@ -142,23 +275,26 @@ class _Reading(torch.utils.data.Dataset[Any]):
             return error
 
 
+_START = Place()
+
+
 def iter_batches(
     dataset: Dataset,
-    order: SampleOrder,
+    order: Order,
     slicing: Slicing,
     *,
-    position: int = 0,
+    place: Place = _START,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """This process's micro-batches from ``position`` on, for ever, read ahead by ``num_workers`` worker processes.
+    """This process's micro-batches from ``place`` on, for ever, read ahead by ``num_workers`` worker processes.
 
     Raises:
         ShapeError: Clips of one batch differ in size.
     """
     loader = torch.utils.data.DataLoader(
         _Reading(dataset),
-        batch_sampler=slicing.iter_micro_batches(order, position),
+        batch_sampler=order.iter_micro_batches(slicing, place),
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,

@@ -37,6 +37,8 @@ class SampleKey:
     seed: int
     index: int
     epoch: int = 0
+    size: tuple[int, int, int] | None = None
+    """The (T, H, W) that this showing is to have, where batches differ in theirs. No draw depends on it."""
 
     def generator(self, name: str) -> torch.Generator:
         """The generator of the draw called ``name``, fresh at each call."""

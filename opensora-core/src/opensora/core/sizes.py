@@ -9,7 +9,7 @@ from typing import Any
 
 from opensora.core.errors import ConfigError, did_you_mean
 
-__all__ = ["ASPECT_RATIOS", "RESOLUTIONS", "image_size", "nearest_aspect_key", "parse_num_frames"]
+__all__ = ["ASPECT_RATIOS", "RESOLUTIONS", "image_size", "nearest_aspect_key", "nominal_pixels", "parse_num_frames"]
 
 
 @cache
@@ -64,6 +64,17 @@ def nearest_aspect_key(resolution: str, height: int, width: int) -> str:
         ConfigError: An unknown resolution.
     """
     return min(_sizes(resolution), key=lambda key: abs(float(key) - height / width))
+
+
+def nominal_pixels(resolution: str) -> int:
+    """How many pixels a resolution stands for, whatever the aspect ratio.
+
+    Raises:
+        ConfigError: An unknown resolution.
+    """
+    _sizes(resolution)
+    pixels: int = _tables()["resolutions"][resolution]["num_pixels"]
+    return pixels
 
 
 def _sizes(resolution: str) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import deep_iterable, gt, min_len
+from attrs.validators import deep_iterable, gt, min_len, optional
 
 from opensora.core.errors import DataError
 from opensora.core.protocols import IMAGE_FPS, Clip, Size
@@ -18,16 +18,16 @@ from opensora.data.tables import StringColumn, read_table, resolve_path
 from opensora.data.temporal import last_start, sample_frames
 from opensora.data.transforms import transform_image, transform_video
 
-__all__ = ["VideoTextDataset", "VideoTextSpec", "check_transform"]
+__all__ = ["VideoTextDataset", "VideoTextSpec", "check_transform", "choose_frames"]
 
 
 @frozen(kw_only=True)
 class VideoTextSpec:
     """Captioned clips, all brought to one length and size."""
 
-    data_path: str = field(validator=min_len(1))
+    data_path: str | None = field(default=None, validator=optional(min_len(1)))
     """Table with columns path and text (.csv, .parquet, .jsonl). Paths are relative to the working directory or, if
-    they aren't there, to the table."""
+    they aren't there, to the table. None: to be given when it is run."""
     num_frames: int = field(default=16, validator=gt(0))
     """Frames of a clip."""
     frame_interval: int = field(default=1, validator=gt(0))
@@ -55,9 +55,11 @@ class VideoTextDataset:
         """Read the table, but none of its files.
 
         Raises:
-            DataError: The table can't be used.
+            DataError: The table can't be used, or none is given.
         """
         self.spec = spec
+        if spec.data_path is None:
+            raise DataError("dataset.data_path is not set. Give --data-path table.csv, with columns path and text.")
         self.folder = Path(spec.data_path).parent
         table = read_table(spec.data_path, ["path", "text"])
         self._paths, self._texts = StringColumn(table["path"]), StringColumn(table["text"])
@@ -79,7 +81,7 @@ class VideoTextDataset:
         """
         if key.index in self._kept:
             whole, fps, path = self._kept[key.index]
-            return self._clip(key, whole[:, self._choose_frames(path, whole.shape[1], key)], fps, path)
+            return self._clip(key, whole[:, self._choose(path, whole.shape[1], key)], fps, path)
         path = resolve_path(self._paths[key.index], self.folder)
         if is_video(path):
             return self._clip(key, *self._read_video(path, key), path)
@@ -97,19 +99,27 @@ class VideoTextDataset:
             frames, fps = read_video(path)
             whole = transform(frames, *self.spec.image_size)
             self._kept[key.index] = whole, fps, path
-            return whole[:, self._choose_frames(path, len(frames), key)], fps
+            return whole[:, self._choose(path, len(frames), key)], fps
         with VideoFile(path) as file:
-            frames = file.read(self._choose_frames(path, file.info.num_frames, key))
+            frames = file.read(self._choose(path, file.info.num_frames, key))
             return transform(frames, *self.spec.image_size), file.info.fps
 
-    def _choose_frames(self, path: Path, total: int, key: SampleKey) -> list[int]:
-        num_frames, interval = self.spec.num_frames, self.spec.frame_interval
-        highest = last_start(total, num_frames, frame_interval=interval)
-        start = int(torch.randint(highest + 1, (), generator=key.generator("start")))
-        try:
-            return sample_frames(total, num_frames, frame_interval=interval, start=start)
-        except DataError as error:
-            raise DataError(f"{path} {error}") from error
+    def _choose(self, path: Path, total: int, key: SampleKey) -> list[int]:
+        return choose_frames(path, total, self.spec.num_frames, frame_interval=self.spec.frame_interval, key=key)
+
+
+def choose_frames(path: Path, total: int, num_frames: int, *, frame_interval: int, key: SampleKey) -> list[int]:
+    """Frames of a file of ``total`` frames that make this showing's clip; where it starts is drawn from ``key``.
+
+    Raises:
+        DataError: The file is too short.
+    """
+    highest = last_start(total, num_frames, frame_interval=frame_interval)
+    start = int(torch.randint(highest + 1, (), generator=key.generator("start")))
+    try:
+        return sample_frames(total, num_frames, frame_interval=frame_interval, start=start)
+    except DataError as error:
+        raise DataError(f"{path} {error}") from error
 
 
 def check_transform(name: str, image_size: tuple[int, int]) -> None:

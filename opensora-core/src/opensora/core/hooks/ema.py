@@ -15,7 +15,7 @@ from opensora.core.errors import CheckpointError
 from opensora.core.hookspecs import hook
 
 if TYPE_CHECKING:
-    from opensora.core.pipelines.train_loop import TrainRun, Update
+    from opensora.core.pipelines.loop import LoopRun, Update
 
 __all__ = ["EMA", "EMASpec"]
 
@@ -39,45 +39,45 @@ class EMA:
         self.spec = spec
         self.averages: dict[str, Tensor] = {}
         self.has_history = False
+        self._weights: list[nn.Parameter] = []
 
     @hook(tryfirst=True)
-    def train_start(self, run: TrainRun) -> None:
+    def train_start(self, run: LoopRun) -> None:
         """Start from the weights as they are, unless a checkpoint brought averages."""
         if not self.averages:
-            trained = {name: each for name, each in run.denoiser.named_parameters() if each.requires_grad}
-            self.averages = {name: each.detach().float().clone() for name, each in trained.items()}
+            self.averages = {name: each.detach().float().clone() for name, each in trained(run).items()}
+        self._weights = list(trained(run).values())  # in the order of the averages
         run.ema = self
 
     @hook(tryfirst=True)
-    def step_end(self, run: TrainRun, update: Update) -> None:
+    def step_end(self, run: LoopRun, update: Update) -> None:
         """Move the averages towards the weights; a step that was left out moves nothing."""
         if update.is_left_out:
             return
         warming = self.spec.warmup and not self.has_history
         decay = min(self.spec.decay, (1 + update.step) / (10 + update.step)) if warming else self.spec.decay
-        weights = [parameter.detach() for parameter in run.parameters]  # in the order of the averages
+        weights = [parameter.detach() for parameter in self._weights]
         torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
 
     @hook
-    def save_tensors(self, run: TrainRun) -> Mapping[str, Mapping[str, Tensor]]:
+    def save_tensors(self, run: LoopRun) -> Mapping[str, Mapping[str, Tensor]]:
         """The whole state dict, with averages in place of weights, so that it loads like any other."""
-        return {"ema": {**run.denoiser.state_dict(), **self.averages}}
+        return {"ema": {**run.module.state_dict(), **self.averages}}
 
     @hook
-    def restore_tensors(self, run: TrainRun, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def restore_tensors(self, run: LoopRun, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take the averages back.
 
         Raises:
             CheckpointError: The checkpoint has none, or of another model.
         """
-        trained = {name: each for name, each in run.denoiser.named_parameters() if each.requires_grad}
         saved = tensors.get("ema", {})
-        if missing := [name for name in trained if name not in saved]:
+        if missing := [name for name in trained(run) if name not in saved]:
             raise CheckpointError(
                 f"The checkpoint has no averaged weights for {missing[0]} and {len(missing) - 1} more. "
                 "It was trained with ema_decay = 0; set that, or start from its weights with model.from_pretrained."
             )
-        self.averages = {name: saved[name].to(each.device, torch.float32) for name, each in trained.items()}
+        self.averages = {name: saved[name].to(each.device, torch.float32) for name, each in trained(run).items()}
         self.has_history = run.spec.start_from_scratch  # then steps count from 0, but the averages are not young
 
     @contextmanager
@@ -93,3 +93,8 @@ class EMA:
             finally:
                 for name, weight in kept.items():
                     parameters[name].copy_(weight)
+
+
+def trained(run: LoopRun) -> dict[str, nn.Parameter]:
+    """The network's parameters that are trained."""
+    return {name: each for name, each in run.module.named_parameters() if each.requires_grad}

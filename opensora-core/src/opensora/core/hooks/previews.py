@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from attrs.validators import gt
 from opensora.core.contact_sheet import write_contact_sheet
 from opensora.core.errors import DataError
 from opensora.core.hookspecs import hook
+from opensora.core.loading import BatchOrder
 from opensora.core.pipelines.sample_loop import decode, iter_denoising
 from opensora.core.protocols import IMAGE_FPS
 from opensora.core.randomness import SampleKey
@@ -51,9 +53,9 @@ class Previews:
         if not run.accelerator.is_main:
             return
         self.prompts, self.fps = list(self.spec.prompts), IMAGE_FPS
-        for index in range(run.order.num_samples):
+        for key in first_keys(run):
             with suppress(DataError):  # the loop's policy will deal with it
-                clip = run.dataset[SampleKey(run.spec.seed, index)]
+                clip = run.dataset[key]
                 self.fps = clip.fps
                 if self.spec.prompts or len(self.prompts) == self.spec.num_prompts:
                     break
@@ -87,3 +89,10 @@ class Previews:
         path.parent.mkdir(exist_ok=True)
         write_contact_sheet(path, list(zip(self.prompts, videos, strict=True)), title=f"Step {step}")
         log.info("Preview %s", path)
+
+
+def first_keys(run: TrainRun) -> Iterator[SampleKey]:
+    """The data's rows in their order or, where the dataset makes its own batches, the first epoch's."""
+    if isinstance(run.order, BatchOrder):
+        return (key for batch in run.order.of_epoch(0) for key in batch)
+    return (SampleKey(run.spec.seed, index) for index in range(run.order.num_samples))

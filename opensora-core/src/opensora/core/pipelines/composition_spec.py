@@ -1,15 +1,16 @@
-"""What training and sampling configs share. Nothing here imports torch."""
+"""What the configs of runs share. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from attrs import field, frozen
 from attrs.validators import gt
 
 from opensora.core.config.structure import ComponentConfig
 
-__all__ = ["CompositionSpec"]
+__all__ = ["CompositionSpec", "RunSpec"]
 
 
 def _hashed_words() -> ComponentConfig:
@@ -20,18 +21,16 @@ def _identity() -> ComponentConfig:
     return ComponentConfig(type="identity")
 
 
-@frozen(kw_only=True)
-class CompositionSpec:
-    """Which components are composed, where they run, and where results go."""
+@frozen(kw_only=True, slots=False)  # without slots, so that specs can be put together of several
+class RunSpec:
+    """What a run is about, where it runs, and where results go."""
+
+    kinds: ClassVar[Mapping[str, str]]
+    """Keys that hold a component, and its kind."""
 
     model: ComponentConfig
-    """The denoiser. Besides its own options: from_pretrained (file, run folder or hub id), partial (accept missing keys)."""
-    scheduler: ComponentConfig
-    """The training objective and sampler."""
-    vae: ComponentConfig = field(factory=_identity)
-    """The video autoencoder; the default works on pixels."""
-    text_encoder: ComponentConfig = field(factory=_hashed_words)
-    """The default needs no download and is meant for demos and tests."""
+    """The network that is trained or used: a denoiser, which besides its own options has from_pretrained (file, run folder
+    or hub id) and partial (accept missing keys), or in the pipelines for autoencoders an autoencoder."""
     accelerator: ComponentConfig | None = None
     """None: one process, or ddp under torchrun."""
     attention: str = "sdpa"
@@ -54,3 +53,25 @@ class CompositionSpec:
     """Of the run folder, after its number; None: the model's type."""
     outputs: str = "outputs"
     """Parent of run folders."""
+
+
+@frozen(kw_only=True, slots=False)
+class CompositionSpec(RunSpec):
+    """Which components are composed around a denoiser."""
+
+    kinds: ClassVar[Mapping[str, str]] = {
+        "model": "models",
+        "vae": "vaes",
+        "text_encoder": "text_encoders",
+        "scheduler": "schedulers",
+        "dataset": "datasets",
+        "accelerator": "accelerators",
+    }
+
+    scheduler: ComponentConfig
+    """The training objective and sampler."""
+    vae: ComponentConfig = field(factory=_identity)
+    """The video autoencoder; the default works on pixels."""
+    text_encoder: ComponentConfig = field(factory=_hashed_words)
+    """The default needs no download and is meant for demos and tests. Besides its own options: device and dtype (None: those
+    of the run)."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora.core.components import build, structure_spec
-from opensora.core.composing import Parts, build_parts, checkpoint_activations
+from opensora.core.components import load, structure_spec
+from opensora.core.composing import Parts, build_parts, checkpoint_activations, is_installed
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import DataError
+from opensora.core.loading import BatchOrder, Slicing
 from opensora.core.pipelines.sample_spec import SampleSpec
-from opensora.core.pipelines.train_spec import TrainSpec
+from opensora.core.pipelines.train_spec import LoopSpec, TrainSpec
 from opensora.core.protocols import Dataset, Size
 
-__all__ = ["describe_sampling", "describe_training"]
+__all__ = ["declared_size", "describe_sampling", "describe_training", "measure"]
 
 log = logging.getLogger(__name__)
 _GIB = 2**30
@@ -24,30 +27,30 @@ _GIB = 2**30
 
 def describe_training(spec: TrainSpec) -> str:
     """Models, sizes, steps, and an estimate of memory and compute for one process."""
-    from opensora.core.pipelines.train import clip_size, count_steps
+    from opensora.core.pipelines.train import build_dataset, clip_size
 
     dataset: Dataset | None = None
     try:
-        dataset = build("datasets", spec.dataset)
+        dataset = build_dataset(spec)
         data_line = f"{len(dataset):,} samples"
     except DataError as error:
         data_line = f"not readable yet: {error}"
-    size = clip_size(dataset, spec.seed) if dataset else _declared_size(spec)
     lines = [f"data         {spec.dataset.type}: {data_line}"]
+    batches = _bucket_sizes(spec)
+    largest = max(batches, key=lambda one: math.prod(one[0]) * one[1]) if batches else None
+    size = largest[0] if largest else clip_size(dataset, spec.seed) if dataset else declared_size(spec)
     if size is None:
         return "\n".join([*lines, "The size of the clips is not known, so nothing more can be said."])
-    parts = build_parts(spec, size_of=lambda: size, meta=True)
-    lines += _describe_parts(spec, parts, size)
+    parts = build_parts(spec, size_of=lambda: None if batches else size, meta=True)
+    lines += _describe_buckets(parts, batches) + _describe_parts(spec, parts, size)
+    lines += [f"not built    {each}" for each in spec.unbuilt()]
     if dataset:
-        per_step = spec.batch_size * spec.accumulation_steps
-        steps = count_steps(spec, len(dataset), per_step)
-        lines.append(
-            f"steps        {steps:,} of {per_step} samples a process ({steps * per_step / len(dataset):.1f} epochs)"
-        )
+        lines.append(_describe_steps(spec, dataset))
     parts.denoiser.train()
     if spec.grad_checkpoint:
         checkpoint_activations(parts.denoiser)
-    flops, activations = _measure(parts, spec.batch_size, train=True)
+    batch_size = largest[1] if largest else spec.batch_size
+    flops, activations = _measure(parts, batch_size, size, train=True)
     trained = sum(each.numel() for each in parts.denoiser.parameters() if each.requires_grad)
     memory = {
         "weights": 4 * sum(each.numel() for each in parts.denoiser.parameters()),
@@ -60,29 +63,64 @@ def describe_training(spec: TrainSpec) -> str:
     lines.append(
         f"memory       about {sum(memory.values()) / _GIB:.2f} GiB a process ({listed}), without VAE and text encoder"
     )
-    lines.append(f"compute      {flops / 1e12:.3f} TFLOP a micro-batch of {spec.batch_size}, forward and backward")
+    of_bucket = " (the largest bucket)" if batches else ""
+    lines.append(
+        f"compute      {flops / 1e12:.3f} TFLOP a micro-batch of {batch_size}{of_bucket}, forward and backward"
+    )
     return "\n".join(lines)
 
 
-def describe_sampling(spec: SampleSpec, *, num_prompts: int) -> str:
+def _bucket_sizes(spec: TrainSpec) -> list[tuple[Size, int]]:
+    """(T, H, W) and batch size of each bucket in use; empty where clips have one size."""
+    sizes_of = getattr(load("datasets", spec.dataset.type), "bucket_sizes", None)
+    sizes: list[tuple[Size, int]] = sizes_of(spec.bucket_config) if sizes_of and spec.bucket_config else []
+    return sizes
+
+
+def _describe_buckets(parts: Parts, batches: Sequence[tuple[Size, int]]) -> list[str]:
+    """The buckets' extremes."""
+    if not batches:
+        return []
+    latents = [math.prod(parts.vae.latent_size(size)) * count for size, count in batches]
+    (small, few), (large, many) = (batches[latents.index(pick(latents))] for pick in (min, max))
+    extremes = [" x ".join(map(str, (count, *size))) for size, count in ((small, few), (large, many))]
+    spread = f"{max(latents) / min(latents):.1f} times as many latents"
+    return [f"buckets      {len(batches)}: from {' to '.join(extremes)} (batch x frames x height x width), {spread}"]
+
+
+def _describe_steps(spec: TrainSpec, dataset: Dataset) -> str:
+    from opensora.core.pipelines.train import count_steps, order_of
+
+    order, slicing = order_of(spec, dataset), Slicing(batch_size=spec.batch_size, accumulation=spec.accumulation_steps)
+    steps = count_steps(spec, order, slicing)
+    if isinstance(order, BatchOrder):
+        batches = order.of_epoch(0)
+        used = f"{sum(map(len, batches)):,} of the {len(dataset):,} samples"
+        return f"steps        {steps:,}; the first epoch has {len(batches):,} batches of {used}"
+    per_step = slicing.samples_per_step
+    return f"steps        {steps:,} of {per_step} samples a process ({steps * per_step / len(dataset):.1f} epochs)"
+
+
+def describe_sampling(spec: SampleSpec, prompts: Sequence[str]) -> str:
     """Models, sizes, and an estimate of memory and compute for one process."""
     parts = build_parts(spec, size_of=lambda: spec.size, meta=True)
     parts.denoiser.eval()
-    flops, _ = _measure(parts, spec.batch_size, train=False)
+    flops, _ = _measure(parts, spec.batch_size, spec.size, train=False)
     bytes_each = 2 if spec.dtype in ("bf16", "fp16") else 4
     weights = bytes_each * sum(each.numel() for each in parts.denoiser.parameters())
     kind = "images" if spec.size[0] == 1 else "videos"
     return "\n".join(
         [
-            f"samples      {num_prompts * spec.num_sample} {kind} of {num_prompts} prompts",
+            f"samples      {len(prompts) * spec.num_sample} {kind} of {len(prompts)} prompts",
             *_describe_parts(spec, parts, spec.size),
+            *(f"not built    {each}" for each in spec.unbuilt(prompts)),
             f"memory       weights {weights / _GIB:.2f} GiB, without VAE, text encoder and activations",
             f"compute      {flops / 1e12:.3f} TFLOP a denoiser call of {spec.batch_size}, guidance not counted",
         ]
     )
 
 
-def _declared_size(spec: TrainSpec) -> Size | None:
+def declared_size(spec: LoopSpec) -> Size | None:
     """(T, H, W) as the dataset's options say, where its file isn't there yet."""
     options = structure_spec("datasets", spec.dataset)
     num_frames, image_size = getattr(options, "num_frames", 1), getattr(options, "image_size", None)
@@ -90,16 +128,21 @@ def _declared_size(spec: TrainSpec) -> Size | None:
 
 
 def _describe_parts(spec: TrainSpec | SampleSpec, parts: Parts, size: Size) -> list[str]:
-    latent = (parts.vae.latent_channels, *(parts.latent_size or ()))
+    latent = (parts.vae.latent_channels, *parts.vae.latent_size(size))
     width = parts.text_encoder.width
     text = f"{parts.text_encoder.max_length} tokens of {width}" if width else "class labels"
     source = spec.model.options.get("from_pretrained") or "random weights"
+    accelerator = spec.accelerator
+    lines = [] if accelerator is None else [f"accelerator  {accelerator.type}"]
+    if accelerator is not None and not is_installed(accelerator):
+        lines = [f"accelerator  {accelerator.type}: not installed, so this can be composed here but not run"]
     return [
         f"model        {spec.model.type}: {_count(parts.denoiser)} parameters, {source}",
         f"vae          {spec.vae.type}: {_count(parts.vae)} parameters",
         f"text         {spec.text_encoder.type}: {_count(parts.text_encoder)} parameters, {text}",
         f"scheduler    {spec.scheduler.type}",
         f"video        {' x '.join(map(str, size))} (frames x height x width) -> latents {' x '.join(map(str, latent))}",
+        *lines,
     ]
 
 
@@ -107,12 +150,21 @@ def _count(part: Any) -> str:
     return f"{sum(each.numel() for each in part.parameters()):,}" if isinstance(part, nn.Module) else "no"
 
 
-def _measure(parts: Parts, batch_size: int, *, train: bool) -> tuple[int, int]:
-    """FLOPs of a call (with backward, if training), and bytes saved for backward, both counted on the meta device."""
+def _measure(parts: Parts, batch_size: int, size: Size, *, train: bool) -> tuple[int, int]:
+    latents, timestep, conditioning = _meta_inputs(parts, batch_size, size)
+    return measure(lambda: parts.denoiser(latents, timestep, conditioning), parts.denoiser, train=train)
+
+
+def measure(call: Callable[[], Tensor], module: nn.Module, *, train: bool) -> tuple[int, int]:
+    """FLOPs of a call (with backward, if training), and bytes saved for backward, both counted on the meta device.
+
+    Args:
+        call: Uses ``module``, whose parameters are not counted as saved.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     saved: dict[Any, int] = {}
-    owned = {id(each) for each in parts.denoiser.parameters()}
+    owned = {id(each) for each in module.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         base = tensor._base if tensor._base is not None else tensor
@@ -122,17 +174,15 @@ def _measure(parts: Parts, batch_size: int, *, train: bool) -> tuple[int, int]:
         return tensor
 
     kept: list[Tensor] = []
-    latents, timestep, conditioning = _meta_inputs(parts, batch_size)
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda each: each):
         with torch.set_grad_enabled(train):
-            prediction = parts.denoiser(latents, timestep, conditioning)
+            prediction = call()
         if train:
             prediction.sum().backward()
     return counter.get_total_flops(), sum(saved.values())
 
 
-def _meta_inputs(parts: Parts, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
-    assert parts.latent_size is not None  # both callers know the size
+def _meta_inputs(parts: Parts, batch: int, size: Size) -> tuple[Tensor, Tensor, Conditioning]:
     encoder = parts.text_encoder
 
     def each(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -144,9 +194,9 @@ def _meta_inputs(parts: Parts, batch: int) -> tuple[Tensor, Tensor, Conditioning
         text_mask=each(encoder.max_length, dtype=torch.bool) if has_text else None,
         labels=None if has_text else each(dtype=torch.int64),
         fps=each(),
-        height=torch.full((batch,), 512.0),
-        width=torch.full((batch,), 512.0),
+        height=each(),
+        width=each(),
         num_frames=each(),
         aspect_ratio=each(),
     )
-    return each(parts.vae.latent_channels, *parts.latent_size), each(), conditioning
+    return each(parts.vae.latent_channels, *parts.vae.latent_size(size)), each(), conditioning

@@ -9,12 +9,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 
 from opensora.core.accelerator import Accelerator
 from opensora.core.attention import use_kernel
 from opensora.core.components import load
-from opensora.core.composing import build_accelerator, build_parts, check_components, resolved_values, wrap
+from opensora.core.composing import (
+    build_accelerator,
+    build_parts,
+    check_components,
+    choose_text_placement,
+    place,
+    resolved_values,
+    wrap,
+)
+from opensora.core.config.names import find_text
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.config.write import write_config
 from opensora.core.errors import ConfigError
@@ -23,6 +33,7 @@ from opensora.core.pipelines.sample_loop import SampleRun, sample
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.prompts import Request, plan_requests, read_prompts
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder, write_atomically
+from opensora.core.text_cache import CachedTextEncoder
 
 if TYPE_CHECKING:
     from opensora.core.config.evaluate import Config
@@ -52,6 +63,8 @@ class Sample:
     def run(self) -> dict[str, Path]:
         """Sample all prompts, write ``summary.json``, and return where the results are."""
         begin = time.perf_counter()
+        if unbuilt := self.spec.unbuilt(self.prompts):
+            raise ConfigError(f"{' and '.join(unbuilt)}: not built yet. Text to video and text to image are.")
         with build_accelerator(self.spec) as accelerator, ExitStack() as stack:
             folder, samples = accelerator.from_main(lambda: choose_folders(self.spec))
             if accelerator.is_main:
@@ -61,7 +74,7 @@ class Sample:
                     folder / "config.py", resolved_values(self.spec), f"Again: opensora-run {folder}/config.py"
                 )
             run = build_run(self.spec, folder, accelerator, self.plan(samples))
-            run.seconds["load"] = time.perf_counter() - begin
+            run.seconds = {"load": time.perf_counter() - begin - sum(run.seconds.values()), **run.seconds}
             try:
                 run.hooks.sample_start(run=run)
                 with use_kernel(load("attention", self.spec.attention)):
@@ -94,7 +107,7 @@ class Sample:
         """What would be sampled, with sizes and an estimate of memory and compute. Loads and writes nothing."""
         from opensora.core.pipelines.dry_run import describe_sampling
 
-        return describe_sampling(self.spec, num_prompts=len(self.prompts))
+        return describe_sampling(self.spec, self.prompts)
 
 
 def choose_prompts(spec: SampleSpec) -> list[str]:
@@ -108,7 +121,8 @@ def choose_prompts(spec: SampleSpec) -> list[str]:
         prompts = [spec.prompt] if isinstance(spec.prompt, str) else list(spec.prompt)
         source = "prompt"
     elif spec.prompt_path is not None:
-        prompts, source = read_prompts(Path(spec.prompt_path)), spec.prompt_path
+        path = find_text(spec.prompt_path) or Path(spec.prompt_path)
+        prompts, source = read_prompts(path), spec.prompt_path
     else:
         raise ConfigError('There is no prompt. Give --prompt "a wave" or --prompt-path prompts.txt.')
     chosen = prompts[spec.start_index : spec.end_index]
@@ -134,22 +148,44 @@ def choose_folders(spec: SampleSpec) -> tuple[Path, Path]:
 def build_run(spec: SampleSpec, folder: Path, accelerator: Accelerator, requests: list[Request]) -> SampleRun:
     """Build every part of the run and place it on the device."""
     hooks = build_hooks(default_hooks(spec), spec.hooks, without=spec.without_hooks)
+    text_device, text_dtype = choose_text_placement(spec.text_encoder, accelerator)
     parts = build_parts(spec, size_of=lambda: spec.size)
     if spec.model.options.get("from_pretrained") is None:
         log.warning("model.from_pretrained is not set: %s has random weights, and makes noise.", spec.model.type)
     hooks.denoiser_built(denoiser=parts.denoiser, spec=spec)
-    denoiser = accelerator.place(parts.denoiser.requires_grad_(False).eval())
-    for module in parts.frozen_modules:
-        accelerator.place(module)
-    return SampleRun(
+    place(parts.text_encoder, accelerator, text_device, text_dtype)
+    run = SampleRun(
         spec=spec,
         folder=folder,
         accelerator=accelerator,
         parts=parts,
-        predict=wrap(accelerator.predictor(denoiser), hooks, spec),
+        predict=wrap(accelerator.predictor(parts.denoiser.requires_grad_(False).eval()), hooks, spec),
         requests=requests,
         hooks=hooks,
     )
+    del parts  # the run alone holds the text encoder, so that it can be released
+    if spec.text_cache_gib:
+        with run.phase("text"):
+            encode_prompts(run)
+    accelerator.place(run.parts.denoiser)
+    place(run.parts.vae, accelerator)
+    return run
+
+
+def encode_prompts(run: SampleRun) -> None:
+    """Encode this process's prompts ahead, and release the text encoder, if the config says so and the memory suffices."""
+    encoder = CachedTextEncoder(run.parts.text_encoder, capacity=int(run.spec.text_cache_gib * 2**30))
+    texts = [request.text for requests in run.iter_batches() for request in requests]
+    run.parts = attrs.evolve(run.parts, text_encoder=encoder)
+    log.info("Encoding %d prompts", len(set(texts)))
+    if not encoder.remember(texts):
+        log.info(
+            "The embeddings of %d prompts don't fit text_cache_gib = %g: the text encoder stays in memory",
+            len(set(texts)),
+            run.spec.text_cache_gib,
+        )
+    elif run.spec.release_text_encoder:
+        encoder.release()
 
 
 def default_hooks(spec: SampleSpec) -> list[ComponentConfig]:

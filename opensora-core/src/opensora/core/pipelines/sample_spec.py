@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, optional
+from attrs.validators import and_, ge, gt, le, optional
 
 from opensora.core.errors import ConfigError
 from opensora.core.pipelines.composition_spec import CompositionSpec
@@ -24,7 +25,7 @@ class SampleSpec(CompositionSpec):
     prompt: str | list[str] | None = None
     """One or more prompts; for class labels their numbers."""
     prompt_path: str | None = None
-    """Text file with a prompt a line; used if there is no prompt."""
+    """Text file with a prompt a line, or an installed one such as prompts/t2v_samples.txt; used if there is no prompt."""
     start_index: int | None = None
     """First prompt to sample (of a file: as a Python slice); file names count on from it."""
     end_index: int | None = None
@@ -53,6 +54,27 @@ class SampleSpec(CompositionSpec):
     """Adds "camera motion: pan right."."""
     multi_resolution: Literal["STDiT2", "OpenSora", "PixArtMS"] | bool | None = None
     """Accepted from older configs; each model is always told the size, and takes what it knows."""
+
+    # ---- frames to start from, and rounds: read for the sake of older configs, and refused when run (see `unbuilt`)
+    loop: int = field(default=1, validator=gt(0))
+    """Rounds, each going on from the last. More than one is not built yet."""
+    condition_frame_length: int = field(default=5, validator=gt(0))
+    """Latent frames that a round takes from the last."""
+    condition_frame_edit: float = field(default=0.0, validator=and_(ge(0), le(1)))
+    """How far those frames may change: 0 keeps them."""
+    align: int | None = field(default=None, validator=optional(gt(0)))
+    """Latent frames to whose multiples references are aligned."""
+    reference_path: str | list[str] | None = None
+    """Images or videos to start from, one item a prompt. Not built yet."""
+    mask_strategy: str | list[str] | None = None
+    """Where the references go, one item a prompt. Not built yet."""
+
+    # ---- memory
+    release_text_encoder: bool = True
+    """Free the text encoder's memory once all prompts are encoded, before the denoiser needs the GPU. The encoder stays
+    where their embeddings don't fit text_cache_gib."""
+    text_cache_gib: float = field(default=4.0, validator=ge(0))
+    """Memory on the CPU, in each process, for embeddings, so that a prompt is encoded once. 0: batch by batch instead."""
 
     # ---- where
     save_dir: str | None = None
@@ -84,6 +106,13 @@ class SampleSpec(CompositionSpec):
         if self.image_size is not None:
             return parse_num_frames(self.num_frames), *self.image_size
         return parse_num_frames(self.num_frames), *image_size(str(self.resolution), str(self.aspect_ratio))
+
+    def unbuilt(self, prompts: Sequence[str]) -> list[str]:
+        """What this config asks for that can be read but not run yet."""
+        references = self.reference_path or self.mask_strategy
+        in_prompts = any('{"reference_path"' in each or '{"mask_strategy"' in each for each in prompts)
+        wanted = {f"loop = {self.loop}": self.loop > 1, "references": references or in_prompts}
+        return [name for name, is_wanted in wanted.items() if is_wanted]
 
     @property
     def file_fps(self) -> float:

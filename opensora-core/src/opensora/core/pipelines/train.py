@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import attrs
 import torch
 
 from opensora.core.accelerator import Accelerator
@@ -19,6 +20,8 @@ from opensora.core.composing import (
     build_parts,
     check_components,
     checkpoint_activations,
+    choose_text_placement,
+    place,
     resolved_values,
     wrap,
 )
@@ -26,42 +29,45 @@ from opensora.core.config.write import write_config
 from opensora.core.errors import CheckpointError, ConfigError, DataError
 from opensora.core.frame_masks import check_mask_ratios
 from opensora.core.hooking import build_hooks
-from opensora.core.loading import SampleOrder, Slicing, UnreadableFiles
+from opensora.core.loading import BatchOrder, Order, SampleOrder, Slicing, UnreadableFiles
 from opensora.core.optimization import build_adamw
-from opensora.core.pipelines.train_loop import Counters, TrainRun, train
-from opensora.core.pipelines.train_spec import TrainSpec
-from opensora.core.protocols import Dataset, Size
+from opensora.core.pipelines.loop import Counters, LoopRun, train
+from opensora.core.pipelines.train_loop import TrainRun
+from opensora.core.pipelines.train_spec import LoopSpec, TrainSpec
+from opensora.core.protocols import Dataset, Size, TextEncoder
 from opensora.core.randomness import SampleKey
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder
 from opensora.core.stopping import StopRequest, stopping_on_signals
+from opensora.core.text_cache import CachedTextEncoder
 
 if TYPE_CHECKING:
     from opensora.core.config.evaluate import Config
 
-__all__ = ["Train"]
+__all__ = ["Train", "Training", "build_dataset", "clip_size", "count_steps", "new_listing"]
 
 log = logging.getLogger(__name__)
 
 
-class Train:
-    """Train a denoiser."""
+class Training:
+    """What all training pipelines do, whatever they train: the base of their classes, which build the run."""
 
-    Spec = TrainSpec
+    Spec: ClassVar[type[LoopSpec]]
+    spec: LoopSpec
 
-    def __init__(self, spec: TrainSpec, *, config: Config) -> None:
+    def __init__(self, spec: LoopSpec, *, config: Config) -> None:
         """Check every component's options.
 
         Raises:
             ComponentError, ConfigError: A component is missing or an option is wrong.
         """
         check_components(spec, config.locations)
-        if spec.mask_ratios:
-            check_mask_ratios(spec.mask_ratios)
         build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks)
         self.spec, self.config = spec, config
 
     def run(self) -> dict[str, Path]:
         """Train, and return where the results are; see `train` for what it raises."""
+        if unbuilt := self.spec.unbuilt():
+            raise ConfigError(f"{' and '.join(unbuilt)}: not built yet. Leave it out.")
         with build_accelerator(self.spec) as accelerator, stopping_on_signals() as stop, ExitStack() as stack:
             source = find_source(self.spec)
             folder = accelerator.from_main(lambda: choose_folder(self.spec, source))
@@ -69,7 +75,7 @@ class Train:
                 stack.enter_context(held(folder))
                 stack.enter_context(logging_to(folder / "run.log"))
                 sweep(folder)
-            run = build_run(self.spec, folder, accelerator, stop, load_pretrained=source is None)
+            run = self.build_run(folder, accelerator, stop, load_pretrained=source is None)
             if source:
                 resume(run, source)
             if accelerator.is_main:  # not before: a config that does not fit must not replace the one that did
@@ -86,6 +92,37 @@ class Train:
             }
             return {name: path for name, path in results.items() if path.exists()}
 
+    def build_run(self, folder: Path, accelerator: Accelerator, stop: StopRequest, *, load_pretrained: bool) -> LoopRun:
+        """Build every part of the run, connect them, and place them on the device.
+
+        Args:
+            load_pretrained: Whether to read weights that the config names; a checkpoint would replace them at once.
+        """
+        raise NotImplementedError
+
+    def dry_run(self) -> str:
+        """What would be trained, with sizes and an estimate of memory and compute. Loads and writes nothing."""
+        raise NotImplementedError
+
+
+class Train(Training):
+    """Train a denoiser."""
+
+    Spec = TrainSpec
+    spec: TrainSpec
+
+    def __init__(self, spec: TrainSpec, *, config: Config) -> None:
+        """See `Training`."""
+        super().__init__(spec, config=config)
+        if spec.mask_ratios:
+            check_mask_ratios(spec.mask_ratios)
+
+    def build_run(
+        self, folder: Path, accelerator: Accelerator, stop: StopRequest, *, load_pretrained: bool
+    ) -> TrainRun:
+        """See `Training.build_run`."""
+        return build_run(self.spec, folder, accelerator, stop, load_pretrained=load_pretrained)
+
     def dry_run(self) -> str:
         """What would be trained, with sizes and an estimate of memory and compute. Loads and writes nothing."""
         from opensora.core.pipelines.dry_run import describe_training
@@ -93,7 +130,7 @@ class Train:
         return describe_training(self.spec)
 
 
-def find_source(spec: TrainSpec) -> Path | None:
+def find_source(spec: LoopSpec) -> Path | None:
     """The checkpoint to go on from: that of ``load``, or with ``resume`` the newest of ``run_folder``; None starts anew.
 
     Raises:
@@ -109,7 +146,7 @@ def find_source(spec: TrainSpec) -> Path | None:
     return find_checkpoint(Path(str(spec.run_folder))) if there else None
 
 
-def choose_folder(spec: TrainSpec, source: Path | None) -> Path:
+def choose_folder(spec: LoopSpec, source: Path | None) -> Path:
     """The run folder: that of the run that goes on, the one that is named, or a new one.
 
     A run goes on in its own folder from its newest checkpoint only; from an earlier one it branches into a folder of its own,
@@ -136,31 +173,35 @@ def build_run(
         load_pretrained: Whether to take ``model.from_pretrained``; a checkpoint would replace those weights at once.
     """
     hooks = build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks)
-    dataset: Dataset = build("datasets", spec.dataset)
+    dataset: Dataset = build_dataset(spec)
     slicing = Slicing(
         batch_size=spec.batch_size,
         accumulation=spec.accumulation_steps,
         world_size=accelerator.world_size,
         rank=accelerator.rank,
     )
-    max_steps = count_steps(spec, len(dataset), slicing.samples_per_step)
+    order = order_of(spec, dataset)
+    max_steps = count_steps(spec, order, slicing)
     size = clip_size(dataset, spec.seed)
+    text_device, text_dtype = choose_text_placement(spec.text_encoder, accelerator)
     torch.manual_seed(spec.seed)  # initial weights
-    parts = build_parts(spec, size_of=lambda: size, load_pretrained=load_pretrained)
+    only_size = None if makes_batches(dataset) else size
+    parts = build_parts(spec, size_of=lambda: only_size, load_pretrained=load_pretrained)
     if spec.grad_checkpoint:
         log.info("Activation checkpointing of %d blocks", checkpoint_activations(parts.denoiser))
     hooks.denoiser_built(denoiser=parts.denoiser, spec=spec)
     predict = wrap(accelerator.prepare(parts.denoiser.train()), hooks, spec)
-    for module in parts.frozen_modules:
-        accelerator.place(module)
+    place(parts.vae, accelerator)
+    place(parts.text_encoder, accelerator, text_device, text_dtype)
+    parts = attrs.evolve(parts, text_encoder=remembering(parts.text_encoder, len(dataset), spec.text_cache_gib))
     parameters = [parameter for parameter in parts.denoiser.parameters() if parameter.requires_grad]
     log.info(
-        "%s: %s parameters to train of %s; %s samples, %d a step, %d steps; %s on %d x %s, seed %d",
+        "%s: %s parameters to train of %s; %s samples, %s a step, %d steps; %s on %d x %s, seed %d",
         spec.model.type,
         f"{sum(parameter.numel() for parameter in parameters):,}",
         f"{sum(parameter.numel() for parameter in parts.denoiser.parameters()):,}",
         f"{len(dataset):,}",
-        slicing.samples_per_step,
+        "various" if makes_batches(dataset) else slicing.samples_per_step,
         max_steps,
         str(accelerator.dtype).removeprefix("torch."),
         accelerator.world_size,
@@ -172,14 +213,14 @@ def build_run(
         folder=folder,
         accelerator=accelerator,
         parts=parts,
-        denoiser=parts.denoiser,
+        module=parts.denoiser,
         predict=predict,
         parameters=parameters,
         optimizer=build_adamw(
             parameters, lr=spec.lr, betas=spec.adam_betas, eps=spec.adam_eps, weight_decay=spec.weight_decay
         ),
         dataset=dataset,
-        order=SampleOrder(len(dataset), spec.seed),
+        order=order,
         slicing=slicing,
         clip_size=size,
         unreadable=UnreadableFiles(new_listing(folder, accelerator), len(dataset), spec.max_unreadable),
@@ -188,6 +229,16 @@ def build_run(
         hooks=hooks,
         stop=stop,
     )
+
+
+def remembering(encoder: TextEncoder, num_samples: int, gib: float) -> TextEncoder:
+    """The text encoder, with a memory if that has room for the captions of all samples.
+
+    Whether it has is told by the config and the data alone, and a memory encodes one by one from the first step on: so a
+    resumed run computes what the unbroken one did.
+    """
+    each = 4 * encoder.max_length * (encoder.width or 2)  # float32; a label is int64
+    return CachedTextEncoder(encoder, capacity=int(gib * 2**30)) if num_samples * each <= gib * 2**30 else encoder
 
 
 def new_listing(folder: Path, accelerator: Accelerator) -> Path:
@@ -199,8 +250,26 @@ def new_listing(folder: Path, accelerator: Accelerator) -> Path:
     return listing
 
 
-def clip_size(dataset: Dataset, seed: int) -> Size:
-    """(T, H, W) of the dataset's clips: as it declares, or as its first readable clip has it.
+def build_dataset(spec: TrainSpec) -> Any:
+    """The dataset, given the buckets of the config if it asks for them."""
+    dataset = build("datasets", spec.dataset, bucket_config=spec.bucket_config)
+    if spec.bucket_config and not makes_batches(dataset):
+        log.warning("bucket_config is without effect: clips of %s have one size.", spec.dataset.type)
+    return dataset
+
+
+def makes_batches(dataset: Any) -> bool:
+    """Whether clips differ in size, and the dataset sorts them into batches."""
+    return hasattr(dataset, "batches")
+
+
+def order_of(spec: TrainSpec, dataset: Any) -> Order:
+    """The order in which samples are shown."""
+    return BatchOrder(dataset, spec.seed) if makes_batches(dataset) else SampleOrder(len(dataset), spec.seed)
+
+
+def clip_size(dataset: Any, seed: int) -> Size:
+    """(T, H, W) of the dataset's clips: as it declares, or as its first readable clip has it, or of its first batch.
 
     Raises:
         DataError: No clip can be read.
@@ -208,6 +277,9 @@ def clip_size(dataset: Dataset, seed: int) -> Size:
     declared: Size | None = getattr(dataset, "size", None)
     if declared:
         return declared
+    if makes_batches(dataset):
+        size: Size = BatchOrder(dataset, seed).of_epoch(0)[0][0].size  # type: ignore[assignment]  # such keys have one
+        return size
     reason: DataError | None = None
     for index in range(len(dataset)):
         try:
@@ -217,17 +289,17 @@ def clip_size(dataset: Dataset, seed: int) -> Size:
     raise DataError(f"None of the {len(dataset)} clips can be read; the first: {reason}")
 
 
-def count_steps(spec: TrainSpec, num_samples: int, samples_per_step: int, counters: Counters | None = None) -> int:
+def count_steps(spec: LoopSpec, order: Order, slicing: Slicing, counters: Counters | None = None) -> int:
     """Optimizer steps of the whole run: ``max_steps``, or as many as ``epochs`` hold.
 
     Args:
-        counters: Steps and samples so far, which may have been made with another number of samples a step.
+        counters: Steps and place so far, which may have been made with another number of samples a step.
 
     Raises:
         ConfigError: Not a single step.
     """
     so_far = counters or Counters()
-    steps = so_far.step + (spec.epochs * num_samples - so_far.samples) // samples_per_step
+    steps = so_far.step + order.steps_left(slicing, so_far.place, spec.epochs)
     if spec.max_steps is not None:
         if steps < spec.max_steps:
             log.info(
@@ -236,47 +308,40 @@ def count_steps(spec: TrainSpec, num_samples: int, samples_per_step: int, counte
         steps = min(steps, spec.max_steps)
     if steps < 1:
         raise ConfigError(
-            f"Nothing to train: {spec.epochs} epochs of {num_samples} samples don't fill one step of {samples_per_step}. "
-            f"Lower batch_size to {max(1, num_samples)} or less, or raise epochs."
+            f"Nothing to train: {spec.epochs} epochs of {order.num_samples} samples don't fill one step of "
+            f"{slicing.samples_per_step}. Lower batch_size to {max(1, order.num_samples)} or less, or raise epochs."
         )
     return steps
 
 
-def resume(run: TrainRun, path: Path) -> None:
+def resume(run: LoopRun, path: Path) -> None:
     """Take weights, optimizer and, unless ``start_from_scratch``, the position from a checkpoint.
 
     Raises:
         CheckpointError: It is damaged, or of another model, or was made with another seed.
     """
     checkpoint = read_checkpoint(path)
-    state = dict(checkpoint.state)
-    seed = state.pop("seed", run.spec.seed)
+    seed = checkpoint.state.get("seed", run.spec.seed)
     if not run.spec.start_from_scratch and seed != run.spec.seed:
         raise CheckpointError(
             f"{path} was trained with seed {seed}, the config says {run.spec.seed}: the order of the data would change. "
             f"Give --seed {seed}, or --start-from-scratch to take weights and optimizer alone."
         )
-    options = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in run.optimizer.param_groups]
     try:
-        counters = Counters(**state)
-        run.denoiser.load_state_dict(checkpoint.tensors["model"])
-        run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-        run.accelerator.load_scaler_state(checkpoint.optimizer["scaler"])
+        counters = run.restore(checkpoint)
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this config's model {run.spec.model.type}: {error}") from error
-    for group, own in zip(run.optimizer.param_groups, options, strict=True):
-        group.update(own)  # the config's, not the checkpoint's
     run.hooks.restore_tensors(run=run, tensors=checkpoint.tensors)
     if not run.spec.start_from_scratch:
         run.counters = counters
         run.last_checkpoint = path
         run.last_saved_step = counters.step if path.parent.parent == run.folder else -1
-        run.max_steps = count_steps(run.spec, run.order.num_samples, run.slicing.samples_per_step, counters)
+        run.max_steps = count_steps(run.spec, run.order, run.slicing, counters)
     log.info("Went on from %s: step %d of %d", path, run.counters.step, run.max_steps)
 
 
 @contextmanager
-def started(run: TrainRun) -> Iterator[None]:
+def started(run: LoopRun) -> Iterator[None]:
     """Tell the hooks that the run starts and, whatever happens, that it ended; they can't hide why it failed."""
     try:
         run.hooks.train_start(run=run)

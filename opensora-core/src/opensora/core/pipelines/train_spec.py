@@ -1,4 +1,4 @@
-"""What a training config may say. Nothing here imports torch."""
+"""What training configs may say. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from attrs.validators import and_, ge, gt, le, lt, optional
 
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import ConfigError
-from opensora.core.pipelines.composition_spec import CompositionSpec
+from opensora.core.pipelines.composition_spec import CompositionSpec, RunSpec
 
-__all__ = ["TrainSpec"]
+__all__ = ["LoopSpec", "TrainSpec"]
 
 
-@frozen(kw_only=True)
-class TrainSpec(CompositionSpec):
-    """Train a denoiser on captioned or labelled clips."""
+@frozen(kw_only=True, slots=False)
+class LoopSpec(RunSpec):
+    """What all training has: data, steps, an optimizer, checkpoints."""
 
-    pipeline: Literal["train"] = "train"
     dataset: ComponentConfig
     """The clips."""
 
@@ -61,8 +60,6 @@ class TrainSpec(CompositionSpec):
     """AdamW's."""
     grad_clip: float = field(default=0.0, validator=ge(0))
     """Largest global gradient norm; 0 is unlimited."""
-    mask_ratios: dict[str, float] | None = None
-    """Share of samples by frame mask (see `opensora.core.frame_masks`): which frames are given instead of noised."""
     max_left_out: int = field(default=10, validator=gt(0))
     """Stop after so many steps in a row without finite gradients."""
     max_unreadable: float = field(default=0.05, validator=and_(ge(0), le(1)))
@@ -77,35 +74,55 @@ class TrainSpec(CompositionSpec):
     """Steps between checkpoints; 0: only at the end and on signals."""
     keep_last: int = field(default=2, validator=ge(0))
     """Checkpoints kept; 0 keeps all."""
+    wandb: bool = False
+    """There is no hook for Weights & Biases yet: True is accepted from older configs, and refused when run."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.start_from_scratch and not self.load:
+            raise ConfigError("start_from_scratch needs load: a run folder or checkpoint to take the weights from.")
+
+    def unbuilt(self) -> list[str]:
+        """What this config asks for that can be read but not run yet."""
+        return ["wandb = True (metrics.jsonl and TensorBoard have the same numbers)"] if self.wandb else []
+
+    def default_hooks(self) -> list[ComponentConfig]:
+        """The hooks that take part unless ``without_hooks`` says otherwise."""
+        hooks = [_hook("ema", decay=self.ema_decay)] if self.ema_decay else []
+        hooks += [
+            _hook("progress"),
+            _hook("console"),
+            _hook("jsonl"),
+            _hook("tensorboard"),
+            _hook("checkpoints", every=self.ckpt_every, keep_last=self.keep_last),
+        ]
+        return [*hooks, _hook("loss-plot")]
+
+
+@frozen(kw_only=True)
+class TrainSpec(LoopSpec, CompositionSpec):
+    """Train a denoiser on captioned or labelled clips."""
+
+    pipeline: Literal["train"] = "train"
+    bucket_config: dict[str, Any] | None = None
+    """{resolution: {frames: (probability, batch size)}}, for datasets whose clips differ in size; goes before batch_size."""
+    mask_ratios: dict[str, float] | None = None
+    """Share of samples by frame mask (see `opensora.core.frame_masks`): which frames are given instead of noised."""
+    text_cache_gib: float = field(default=1.0, validator=ge(0))
+    """Memory on the CPU, in each process, for embeddings of captions. If those of all samples fit, each caption is encoded
+    once; otherwise batch by batch, and nothing is kept."""
     preview_every: int = field(default=0, validator=ge(0))
     """Steps between previews; 0 is never."""
     preview_prompts: list[str] = field(factory=list)
     """What the previews show; empty: the first captions of the data."""
-    wandb: bool = False
-    """Accepted as False from older configs; there is no hook for Weights & Biases yet."""
-
-    def __attrs_post_init__(self) -> None:
-        if self.wandb:
-            raise ConfigError(
-                "wandb = True: there is no hook for it yet. metrics.jsonl and TensorBoard have the same numbers."
-            )
-        if self.start_from_scratch and not self.load:
-            raise ConfigError("start_from_scratch needs load: a run folder or checkpoint to take the weights from.")
 
     def default_hooks(self) -> list[ComponentConfig]:
-        """The hooks that take part unless ``without_hooks`` says otherwise."""
-
-        def hook(name: str, **options: Any) -> ComponentConfig:
-            return ComponentConfig(type=name, options=options)
-
-        hooks = [hook("ema", decay=self.ema_decay)] if self.ema_decay else []
-        hooks += [
-            hook("progress"),
-            hook("console"),
-            hook("jsonl"),
-            hook("tensorboard"),
-            hook("checkpoints", every=self.ckpt_every, keep_last=self.keep_last),
-        ]
+        """See `LoopSpec.default_hooks`."""
+        hooks = super().default_hooks()
         if self.preview_every:
-            hooks.append(hook("previews", every=self.preview_every, prompts=self.preview_prompts))
-        return [*hooks, hook("loss-plot")]
+            hooks.insert(-1, _hook("previews", every=self.preview_every, prompts=self.preview_prompts))
+        return hooks
+
+
+def _hook(name: str, **options: Any) -> ComponentConfig:
+    """The config of a hook."""
+    return ComponentConfig(type=name, options=options)

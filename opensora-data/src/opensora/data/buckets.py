@@ -1,0 +1,255 @@
+"""Buckets: clips of any size and length, sorted into batches that each have one.
+
+A bucket is (resolution, number of frames, aspect key). Each epoch every row of a table falls into one bucket or into none, by
+its size, its length and the probabilities of the config. All of it is computed in columns, and is a pure function of the
+config, the rows, the seed and the epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from attrs import field, frozen
+
+from opensora.core.errors import ConfigError, did_you_mean
+from opensora.core.protocols import Size
+from opensora.core.randomness import SampleKey
+from opensora.core.sizes import RESOLUTIONS, nominal_pixels
+
+__all__ = ["Bucket", "Buckets", "EpochBatches"]
+
+Integers = npt.NDArray[np.int64]
+NO_BUCKET = -1
+ENLARGED = 0.8
+"""Clips with at least this share of a resolution's pixels are taken for it, and slightly enlarged."""
+
+
+@frozen(kw_only=True)
+class Bucket:
+    """Where clips of one size and length meet."""
+
+    resolution: str
+    num_frames: int
+    aspect: str
+    height: int
+    width: int
+    batch_size: int
+
+    @property
+    def size(self) -> Size:
+        """(T, H, W)."""
+        return self.num_frames, self.height, self.width
+
+
+@frozen(kw_only=True)
+class _Length:
+    """One length at one resolution."""
+
+    num_frames: int
+    accept: float
+    """Probability that a clip is taken at this resolution; otherwise the next smaller one is tried."""
+    choose: float
+    """Probability that a clip long enough is taken at this length; otherwise the next shorter one is tried."""
+    first_bucket: int
+    """Number of the bucket of the resolution's first aspect key."""
+
+
+@frozen
+class _Resolution:
+    name: str
+    pixels: int
+    lengths: Sequence[_Length]
+    """Longest first."""
+    aspects: npt.NDArray[np.float64]
+    """Height / width of each aspect key."""
+
+
+@frozen
+class Buckets:
+    """All buckets of a config, and the rule by which clips fall into them."""
+
+    buckets: Sequence[Bucket]
+    _resolutions: Sequence[_Resolution] = field(repr=False)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Mapping[int | str, Any]]) -> Buckets:
+        """From ``{resolution: {frames: (probability, batch size)}}``.
+
+        The probability may be a pair: of the resolution, and of the length. A batch size may be None where the first is 0.
+
+        Raises:
+            ConfigError: A name, number or form is wrong; the message has its place.
+        """
+        if not config:
+            raise ConfigError('bucket_config is empty. Write {"240p": {51: (1.0, 4)}}, say.')
+        for name in config:
+            if name not in RESOLUTIONS:
+                raise ConfigError(
+                    f'bucket_config: there is no resolution "{name}".{did_you_mean(str(name), RESOLUTIONS)}'
+                )
+        buckets: list[Bucket] = []
+        resolutions = []
+        for name in sorted(config, key=nominal_pixels, reverse=True):
+            sizes = RESOLUTIONS[name]
+            lengths = []
+            entries = {_frames(name, frames): value for frames, value in config[name].items()}
+            for frames in sorted(entries, reverse=True):
+                accept, choose, batch_size = _probabilities(name, frames, entries[frames])
+                lengths.append(_Length(num_frames=frames, accept=accept, choose=choose, first_bucket=len(buckets)))
+                buckets += [
+                    Bucket(
+                        resolution=name,
+                        num_frames=frames,
+                        aspect=key,
+                        height=height,
+                        width=width,
+                        batch_size=batch_size,
+                    )
+                    for key, (height, width) in sizes.items()
+                ]
+            aspects = np.array([float(key) for key in sizes])
+            resolutions.append(_Resolution(name, nominal_pixels(name), lengths, aspects))
+        return cls(buckets, resolutions)
+
+    def assign(
+        self, num_frames: Integers, height: Integers, width: Integers, *, frame_interval: int, seed: int, epoch: int
+    ) -> npt.NDArray[np.int32]:
+        """The bucket of each row, as an index into `buckets`, or -1: int32 [rows].
+
+        Resolutions are tried from most to fewest pixels, lengths from longest to shortest. A row that is not accepted at a
+        resolution goes on to the next, so that a length with probability 0 sends longer clips to smaller sizes.
+        """
+        found = np.full(len(num_frames), NO_BUCKET, np.int32)
+        pixels = height * width
+        for resolution in self._resolutions:
+            rows = np.flatnonzero((found == NO_BUCKET) & (pixels >= ENLARGED * resolution.pixels))
+            for length in resolution.lengths:
+                if not len(rows):
+                    break
+                frames = num_frames[rows]
+                shortest = length.num_frames * frame_interval
+                fits = frames == 1 if length.num_frames == 1 else (frames > 1) & (frames > shortest)
+                draw = _Draw(seed, epoch, resolution.name, length.num_frames)
+                fits[fits] = draw.below("length", rows[fits], length.choose)
+                fitting = rows[fits]
+                taken = fitting[draw.below("resolution", fitting, length.accept)]
+                found[taken] = length.first_bucket + _nearest(resolution.aspects, height[taken] / width[taken])
+                rows = rows[~fits]
+        return found
+
+    def in_use(self) -> Iterator[Bucket]:
+        """The buckets that clips can fall into."""
+        for resolution in self._resolutions:
+            for length in resolution.lengths:
+                if length.accept and length.choose:
+                    yield from self.buckets[length.first_bucket : length.first_bucket + len(resolution.aspects)]
+
+
+class EpochBatches(Sequence[list[SampleKey]]):
+    """The batches of one epoch in their order, each of one bucket; the last of a bucket may be smaller than the others."""
+
+    def __init__(self, assigned: npt.NDArray[np.int32], buckets: Sequence[Bucket], *, seed: int, epoch: int) -> None:
+        """``assigned`` is what `Buckets.assign` returns."""
+        self._buckets, self._seed, self._epoch = buckets, seed, epoch
+        generator = np.random.default_rng(_hashed("order of batches", seed, epoch))
+        rows = generator.permutation(np.flatnonzero(assigned != NO_BUCKET))
+        self._rows = rows[np.argsort(assigned[rows], kind="stable")]  # bucket after bucket, in random order within
+        counts = np.bincount(assigned[rows], minlength=len(buckets))
+        sizes = np.array([bucket.batch_size for bucket in buckets])
+        batches = -(-counts // sizes)
+        bucket_of = np.repeat(np.arange(len(buckets)), batches)
+        number = np.arange(len(bucket_of)) - np.repeat(np.cumsum(batches) - batches, batches)  # within its bucket
+        first = np.cumsum(counts) - counts
+        start = first[bucket_of] + number * sizes[bucket_of]
+        stop = np.minimum(start + sizes[bucket_of], (first + counts)[bucket_of])
+        order = generator.permutation(len(bucket_of))
+        self._start, self._stop, self._bucket_of = start[order], stop[order], bucket_of[order]
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+    def __getitem__(self, index: int) -> list[SampleKey]:  # type: ignore[override]  # batches are taken one by one
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        size = self._buckets[self._bucket_of[index]].size
+        rows = self._rows[self._start[index] : self._stop[index]]
+        return [SampleKey(self._seed, int(row), self._epoch, size) for row in rows]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that are in a batch of this epoch."""
+        return len(self._rows)
+
+
+@frozen
+class _Draw:
+    """Random numbers of rows, each a function of the key and the row's number alone."""
+
+    seed: int
+    epoch: int
+    resolution: str
+    num_frames: int
+
+    def below(self, name: str, rows: Integers, probability: float) -> npt.NDArray[np.bool_]:
+        """True with the given probability for each row."""
+        if probability >= 1 or probability <= 0:
+            return np.full(len(rows), probability >= 1)
+        key = _hashed(name, self.seed, self.epoch, self.resolution, self.num_frames)
+        mixed = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)  # wraps around, as it should
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finalizer
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(probability * 2**64))
+
+
+def _hashed(*key: object) -> int:
+    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _nearest(aspects: npt.NDArray[np.float64], ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """The index of the nearest of a few numbers to each ratio; the first on ties."""
+    order = np.argsort(aspects, kind="stable")
+    ordered = aspects[order]
+    above = np.clip(np.searchsorted(ordered, ratios), 1, len(ordered) - 1)
+    below = above - 1
+    distance_below, distance_above = np.abs(ratios - ordered[below]), np.abs(ordered[above] - ratios)
+    first_on_ties = (distance_below == distance_above) & (order[below] < order[above])
+    return np.where((distance_below < distance_above) | first_on_ties, order[below], order[above])
+
+
+def _frames(resolution: str, frames: int | str) -> int:
+    try:
+        number = int(frames)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f'bucket_config["{resolution}"]: {frames!r} is no number of frames.')
+    return number
+
+
+def _probabilities(resolution: str, frames: int, value: Any) -> tuple[float, float, int]:
+    """Of the resolution and of the length, and the batch size.
+
+    Raises:
+        ConfigError: Another form than (probability, batch size), or numbers out of range.
+    """
+    place = f'bucket_config["{resolution}"][{frames}]'
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ConfigError(f"{place} is {value!r}; it must be (probability, batch size).")
+    probability, batch_size = value
+    pair = tuple(probability) if isinstance(probability, tuple | list) else (probability, 1.0)
+    if len(pair) != 2 or not all(isinstance(each, int | float) and 0 <= each <= 1 for each in pair):
+        raise ConfigError(
+            f"{place}: the probability is {probability!r}; it must be a number from 0 to 1, or two "
+            "(of the size, of the length)."
+        )
+    accept, choose = map(float, pair)
+    if batch_size is None and accept == 0:
+        return accept, choose, 1
+    if type(batch_size) is not int or batch_size < 1:
+        raise ConfigError(f"{place}: the batch size is {batch_size!r}; it must be a number from 1.")
+    return accept, choose, batch_size
