@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opensora.core.config import Config
-from opensora.core.config.legacy import modernize
+from opensora.core.config.legacy import modernize, nest_dataset
 from opensora.core.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ def test_kernel_switches_of_models_are_left_out_with_one_note(caplog: pytest.Log
         "dtype": "bf16",
         "depth": 3,
     }
-    with caplog.at_level(logging.INFO, logger="opensora"):
+    with caplog.at_level(logging.WARNING, logger="opensora"):
         config = modernize(Config({"model": model, "plugin": "zero2", "sp_size": 1}))
     assert config.values == {"model": {"type": "STDiT3-XL/2", "depth": 3}}
     assert "enable_flash_attn" in model
@@ -40,7 +40,7 @@ def test_kernel_switches_of_models_are_left_out_with_one_note(caplog: pytest.Log
         ({"plugin": "zero2"}, None),
         ({"sp_size": 1}, None),
         ({"plugin": "zero2", "sp_size": 1, "accelerator": None}, None),
-        ({"plugin": "zero2", "sp_size": 2}, {"type": "zero2", "sp_size": 2}),
+        ({"plugin": "zero2", "sp_size": 2}, {"type": "zero2-seq", "sp_size": 2}),
         ({"plugin": "zero2-seq", "sp_size": 2}, {"type": "zero2-seq", "sp_size": 2}),
         ({"plugin": "fsdp"}, {"type": "fsdp"}),
     ],
@@ -71,3 +71,69 @@ def test_a_config_of_today_is_not_touched(caplog: pytest.LogCaptureFixture) -> N
     assert modernize(Config(values)).values == values
     assert modernize(Config({"model": None})).values == {"model": None}
     assert not caplog.records
+
+
+def test_a_flat_config_gets_a_dataset(caplog: pytest.LogCaptureFixture) -> None:
+    flat = {"num_frames": 16, "frame_interval": 3, "image_size": (256, 256), "data_path": "clips.csv", "root": None}
+    config = nest_dataset(Config({**flat, "use_image_transform": False, "lr": 1e-4}, {("data_path",): "c.py:7"}))
+    dataset = {key: value for key, value in flat.items() if key != "root"}
+    assert config.values == {"lr": 1e-4, "dataset": {"type": "VideoTextDataset", **dataset}}
+    assert config.locations[("dataset", "data_path")] == "c.py:7"
+    assert "moved into dataset" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "values", [{"prompt": "a wave", "num_frames": 16}, {"dataset": {"type": "X"}, "data_path": "a"}]
+)
+def test_other_configs_are_left_as_they_are(values: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    assert nest_dataset(Config(values)).values == values
+    assert not caplog.records
+
+
+def test_a_root_is_refused_with_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"^c.py:2: root = '/data': paths of a table"):
+        nest_dataset(Config({"data_path": "clips.csv", "root": "/data"}, {("root",): "c.py:2"}))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"mask_no": 0.5, "mask_quarter_head": 0.5}, {"identity": 0.5, "quarter_head": 0.5}),
+        (
+            {"identity": 0.7, "mask_head": 0.1, "mask_head_tail": 0.2},
+            {"identity": 0.7, "quarter_head": 0.1, "quarter_head_tail": 0.2},
+        ),
+        ({"identity": 1.0}, {"identity": 1.0}),
+    ],
+)
+def test_masks_have_new_names(old: dict[str, float], new: dict[str, float]) -> None:
+    assert modernize(Config({"mask_ratios": old})).values == {"mask_ratios": new}
+
+
+@pytest.mark.parametrize(
+    ("model", "is_added"),
+    [
+        ({"type": "STDiT2-XL/2", "qk_norm": True, "enable_flashattn": True}, True),
+        ({"type": "STDiT2-XL/2", "qk_norm": True, "enable_flash_attn": True}, False),
+        ({"type": "STDiT2-XL/2", "qk_norm": True, "qk_norm_legacy": False, "enable_flashattn": True}, False),
+        ({"type": "STDiT2-XL/2", "enable_flashattn": True}, False),
+        ({"type": "STDiT-XL/2", "qk_norm": True, "enable_flashattn": True}, False),
+    ],
+)
+def test_configs_of_1_1_keep_the_order_of_its_code(model: dict[str, Any], is_added: bool) -> None:
+    assert modernize(Config({"model": model})).values["model"].get("qk_norm_legacy", False) is is_added
+
+
+def test_keys_without_use_are_left_out() -> None:
+    assert modernize(Config({"num_bucket_build_workers": 16, "batch_size": None, "lr": 1.0})).values == {"lr": 1.0}
+
+
+def test_prompts_on_disk_go_before_those_that_ship(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        modernize(Config({"prompt_path": "./assets/texts/mine.txt"})).values["prompt_path"] == "./assets/texts/mine.txt"
+    )
+    (tmp_path / "assets/texts").mkdir(parents=True)
+    (tmp_path / "assets/texts/t2v_samples.txt").write_text("a wave")
+    kept = modernize(Config({"prompt_path": "./assets/texts/t2v_samples.txt"}))
+    assert kept.values["prompt_path"] == "./assets/texts/t2v_samples.txt"

@@ -71,18 +71,31 @@ def load_config(options: argparse.Namespace, overrides: Sequence[Override] = ())
     Raises:
         ConfigError: See `evaluate`, `apply_overrides`, `apply_flags` and `modernize`.
     """
-    from opensora.core.config.legacy import modernize
+    from opensora.core.config.legacy import modernize, nest_dataset
 
     config = apply_overrides(evaluate(resolve(options.config), trust=options.trust_config), overrides)
+    config = nest_dataset(config)
     return modernize(apply_flags(config, given_flags(options), pipeline_name(config.values)))
 
 
 def pipeline_name(values: Mapping[str, Any]) -> str:
-    """The pipeline that a config is for: as it says, or ``train`` if it has a dataset, or ``sample``."""
+    """The pipeline that a config is for: as it says, or ``train`` if it has a dataset, or ``sample``.
+
+    Where ``model`` is an autoencoder, as in Open-Sora's configs for training one: ``train-vae`` or ``sample-vae``.
+    """
     name = values.get("pipeline", "train" if "dataset" in values else "sample")
+    if "pipeline" not in values and _is_vae(values.get("model")):
+        name = "train-vae" if "lr" in values else "sample-vae"
     if not isinstance(name, str):
         raise ConfigError(f"pipeline must be a pipeline's name, not {name!r}.")
     return name
+
+
+def _is_vae(model: Any) -> bool:
+    from opensora.core.components import available
+
+    name = model.get("type") if isinstance(model, dict) else None
+    return {kind for kind in ("models", "vaes") for one in available(kind) if one.name == name} == {"vaes"}
 
 
 def compose(config: Config) -> Any:

@@ -18,7 +18,7 @@ from opensora.core.config._modules import find_folders
 from opensora.core.config._origins import shown_path
 from opensora.core.errors import ComponentError, ConfigError
 
-__all__ = ["ShippedConfig", "iter_configs", "resolve"]
+__all__ = ["ShippedConfig", "find_text", "iter_configs", "resolve"]
 
 _DEFAULT = "default"
 
@@ -52,6 +52,18 @@ def resolve(name: str) -> Path:
     if path.is_dir():
         return path  # reading it says what is wrong, and what is in it
     raise ConfigError(_unknown_message(name, folder))
+
+
+def find_text(name: str) -> Path | None:
+    """A file such as a list of prompts: the one on disk, or one in an installed config folder; None if there is neither."""
+    if (path := Path(name)).is_file():
+        return path
+    folder, _, inner = name.partition("/")
+    if inner and any(one.name == folder for one in components.available("configs")):
+        shipped = _folder(components.find("configs", folder)) / inner
+        if shipped.is_file() and ".." not in shipped.parts:
+            return shipped
+    return None
 
 
 def iter_configs() -> Iterator[ShippedConfig]:

@@ -1,0 +1,43 @@
+"""Train a Latte-XL/2 on captioned videos: 16 frames of 256x256, from noise.
+
+Blocks attend within frames and along time in turns, which costs less than DiT's attention over all tokens.
+
+Hardware: see --dry-run.
+Command:  opensora-run latte/train/16x256x256 --data-path clips.csv --nproc 8
+"""
+
+dataset = dict(
+    type="VideoTextDataset",
+    data_path=None,  # --data-path: a table with columns path and text
+    num_frames=16,
+    frame_interval=3,
+    image_size=(256, 256),
+)
+
+model = dict(
+    type="Latte-XL/2",
+    from_pretrained=None,  # --ckpt-path: a run folder, a file or a hub id
+)
+vae = dict(
+    type="VideoAutoencoderKL",
+    from_pretrained="stabilityai/sd-vae-ft-ema",
+)
+text_encoder = dict(
+    type="clip",
+    from_pretrained="openai/clip-vit-base-patch32",
+    model_max_length=77,
+)
+scheduler = dict(
+    type="iddpm",
+)
+
+batch_size = 8
+grad_checkpoint = True
+lr = 2e-5
+grad_clip = 1.0
+epochs = 1000
+seed = 42
+dtype = "bf16"
+num_workers = 4
+log_every = 10
+ckpt_every = 1000

@@ -1,0 +1,37 @@
+"""Sample 16 frames of 256x256 with Open-Sora 1.0's published STDiT-XL/2.
+
+Hardware: see --dry-run.
+Command:  opensora-run opensora/inference/16x256x256
+"""
+
+image_size = (256, 256)
+num_frames = 16
+fps = 8
+
+model = dict(
+    type="STDiT-XL/2",
+    space_scale=0.5,
+    time_scale=1,
+    from_pretrained="OpenSora-v1-HQ-16x256x256.pth",
+)
+vae = dict(
+    type="VideoAutoencoderKL",
+    from_pretrained="stabilityai/sd-vae-ft-ema",
+    micro_batch_size=4,
+)
+text_encoder = dict(
+    type="t5",
+    from_pretrained="DeepFloyd/t5-v1_1-xxl",
+    model_max_length=120,
+)
+scheduler = dict(
+    type="iddpm",
+    num_sampling_steps=100,
+    cfg_scale=7,
+    cfg_channel=3,
+)
+
+prompt_path = "prompts/t2v_samples.txt"
+batch_size = 1
+seed = 42
+dtype = "bf16"

@@ -1,0 +1,46 @@
+"""Open-Sora 1.0, first stage: STDiT-XL/2 on 16 frames of 256x256, starting from PixArt-alpha's image weights.
+
+What the image weights lack are the temporal layers, which start as nothing: the first frames are PixArt's. Hence partial.
+
+Hardware: see --dry-run.
+Command:  opensora-run opensora/train/16x256x256 --data-path clips.csv --nproc 8
+"""
+
+dataset = dict(
+    type="VideoTextDataset",
+    data_path=None,  # --data-path: a table with columns path and text
+    num_frames=16,
+    frame_interval=3,
+    image_size=(256, 256),
+)
+
+model = dict(
+    type="STDiT-XL/2",
+    space_scale=0.5,
+    time_scale=1,
+    from_pretrained="PixArt-XL-2-512x512.pth",
+    partial=True,
+)
+vae = dict(
+    type="VideoAutoencoderKL",
+    from_pretrained="stabilityai/sd-vae-ft-ema",
+)
+text_encoder = dict(
+    type="t5",
+    from_pretrained="DeepFloyd/t5-v1_1-xxl",
+    model_max_length=120,
+)
+scheduler = dict(
+    type="iddpm",
+)
+
+batch_size = 8
+grad_checkpoint = True
+lr = 2e-5
+grad_clip = 1.0
+epochs = 1000
+seed = 42
+dtype = "bf16"
+num_workers = 0
+log_every = 10
+ckpt_every = 1000

@@ -1,0 +1,37 @@
+"""Sample 16 frames of 256x256 with a PixArt-XL/2 that pixart/train/16x256x256.py has trained.
+
+There are no published weights of this model.
+
+Hardware: see --dry-run.
+Command:  opensora-run pixart/inference/16x256x256
+"""
+
+image_size = (256, 256)
+num_frames = 16
+fps = 8
+
+model = dict(
+    type="PixArt-XL/2",
+    space_scale=0.5,
+    time_scale=1,
+    from_pretrained=None,  # --ckpt-path: a run folder, a file or a hub id
+)
+vae = dict(
+    type="VideoAutoencoderKL",
+    from_pretrained="stabilityai/sd-vae-ft-ema",
+)
+text_encoder = dict(
+    type="t5",
+    from_pretrained="DeepFloyd/t5-v1_1-xxl",
+    model_max_length=120,
+)
+scheduler = dict(
+    type="dpm-solver",
+    num_sampling_steps=20,
+    cfg_scale=7,
+)
+
+prompt_path = "prompts/t2v_samples.txt"
+batch_size = 2
+seed = 42
+dtype = "bf16"

@@ -1,0 +1,38 @@
+"""Sample a tall image of 1920x512 with PixArt-alpha's published multi-scale model of 1024.
+
+The model is told height, width and their ratio.
+
+Hardware: see --dry-run.
+Command:  opensora-run pixart/inference/1x1024MS
+"""
+
+image_size = (1920, 512)
+num_frames = 1
+fps = 1
+
+model = dict(
+    type="PixArtMS-XL/2",
+    space_scale=2,
+    time_scale=1,
+    no_temporal_pos_emb=True,
+    from_pretrained="PixArt-XL-2-1024-MS.pth",
+)
+vae = dict(
+    type="VideoAutoencoderKL",
+    from_pretrained="stabilityai/sd-vae-ft-ema",
+)
+text_encoder = dict(
+    type="t5",
+    from_pretrained="DeepFloyd/t5-v1_1-xxl",
+    model_max_length=120,
+)
+scheduler = dict(
+    type="dpm-solver",
+    num_sampling_steps=20,
+    cfg_scale=7,
+)
+
+prompt_path = "prompts/t2i_samples.txt"
+batch_size = 2
+seed = 42
+dtype = "bf16"

@@ -1,0 +1,42 @@
+"""Sample images of 512x512 in 20 steps with a PixArt-XL/2 tuned to rectified flow.
+
+The model is one that pixart/train/1x512x512-rflow.py has trained.
+
+Hardware: see --dry-run.
+Command:  opensora-run pixart/inference/1x512x512-rflow
+"""
+
+image_size = (512, 512)
+num_frames = 1
+fps = 1
+
+model = dict(
+    type="PixArt-XL/2",
+    space_scale=1,
+    time_scale=1,
+    no_temporal_pos_emb=True,
+    from_pretrained=None,  # --ckpt-path: a run folder, a file or a hub id
+)
+vae = dict(
+    type="VideoAutoencoderKL",
+    from_pretrained="stabilityai/sd-vae-ft-ema",
+)
+text_encoder = dict(
+    type="t5",
+    from_pretrained="DeepFloyd/t5-v1_1-xxl",
+    model_max_length=120,
+)
+scheduler = dict(
+    type="rflow",
+    num_sampling_steps=20,
+    cfg_scale=7,
+)
+
+prompt = [
+    "a lighthouse on a cliff, oil painting",
+    "a red fox asleep in fresh snow",
+    "an old typewriter on a wooden desk, morning light",
+]
+batch_size = 2
+seed = 42
+dtype = "bf16"

@@ -1,0 +1,45 @@
+"""Train a PixArt-XL/2 on captioned videos: 16 frames of 256x256, starting from PixArt-alpha's image weights.
+
+Attention runs over all 16 x 256 tokens at once.
+
+Hardware: see --dry-run.
+Command:  opensora-run pixart/train/16x256x256 --data-path clips.csv --nproc 8
+"""
+
+dataset = dict(
+    type="VideoTextDataset",
+    data_path=None,  # --data-path: a table with columns path and text
+    num_frames=16,
+    frame_interval=3,
+    image_size=(256, 256),
+)
+
+model = dict(
+    type="PixArt-XL/2",
+    space_scale=0.5,
+    time_scale=1,
+    from_pretrained="PixArt-XL-2-512x512.pth",
+)
+vae = dict(
+    type="VideoAutoencoderKL",
+    from_pretrained="stabilityai/sd-vae-ft-ema",
+)
+text_encoder = dict(
+    type="t5",
+    from_pretrained="DeepFloyd/t5-v1_1-xxl",
+    model_max_length=120,
+)
+scheduler = dict(
+    type="iddpm",
+)
+
+batch_size = 8
+grad_checkpoint = True
+lr = 2e-5
+grad_clip = 1.0
+epochs = 1000
+seed = 42
+dtype = "bf16"
+num_workers = 4
+log_every = 10
+ckpt_every = 1000
