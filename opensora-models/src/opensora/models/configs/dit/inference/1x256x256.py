@@ -2,7 +2,7 @@
 
 The caption reaches the model as one CLIP vector. There are no published weights of this model.
 
-Hardware: see --dry-run.
+Hardware: one GPU with 8 GB, or a CPU and patience: the model takes 1.3 GiB in bf16.
 Command:  opensora-run dit/inference/1x256x256
 """
 

@@ -2,7 +2,8 @@
 
 Attention runs over all 16 x 256 tokens at once. What the image weights lack (caption embedder) starts anew, hence partial.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 24 GB. Model, optimizer and activations take about 15 GiB (estimated, in bf16), text encoder
+          little.
 Command:  opensora-run dit/train/16x256x256 --data-path clips.csv --nproc 8
 """
 

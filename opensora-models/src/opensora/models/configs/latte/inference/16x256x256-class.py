@@ -2,7 +2,7 @@
 
 Prompts are class numbers, 0 to 100.
 
-Hardware: see --dry-run.
+Hardware: one GPU with 8 GB, or a CPU and patience: the model takes 1.3 GiB in bf16.
 Command:  opensora-run latte/inference/16x256x256-class
 """
 

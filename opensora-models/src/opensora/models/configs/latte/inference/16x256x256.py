@@ -2,7 +2,7 @@
 
 The caption reaches the model as one CLIP vector. There are no published weights of this model.
 
-Hardware: see --dry-run.
+Hardware: one GPU with 8 GB, or a CPU and patience: the model takes 1.3 GiB in bf16.
 Command:  opensora-run latte/inference/16x256x256
 """
 

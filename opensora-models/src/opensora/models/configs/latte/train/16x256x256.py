@@ -2,7 +2,8 @@
 
 Blocks attend within frames and along time in turns, which costs less than DiT's attention over all tokens.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 24 GB. Model, optimizer and activations take about 15 GiB (estimated, in bf16), text encoder
+          little.
 Command:  opensora-run latte/train/16x256x256 --data-path clips.csv --nproc 8
 """
 

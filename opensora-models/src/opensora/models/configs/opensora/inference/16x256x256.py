@@ -1,6 +1,6 @@
 """Sample 16 frames of 256x256 with Open-Sora 1.0's published STDiT-XL/2.
 
-Hardware: see --dry-run.
+Hardware: one GPU with 16 GB: T5 takes 9 GiB in bf16 and is released once the prompts are encoded, the model 1.4 GiB.
 Command:  opensora-run opensora/inference/16x256x256
 """
 

@@ -2,7 +2,7 @@
 
 The model is one that you have trained, with opensora/train/16x256x256-spee-rflow.py say: there are no published weights.
 
-Hardware: see --dry-run.
+Hardware: one GPU with 16 GB: T5 takes 9 GiB in bf16 and is released once the prompts are encoded, the model 1.4 GiB.
 Command:  opensora-run opensora/inference/16x512x512-rflow
 """
 

@@ -3,7 +3,7 @@
 30 % of the samples have given frames, so that the model learns to animate and extend. (Open-Sora's file has mask names that
 its code refuses; these are today's.)
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 16 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora/train/16x256x256-mask --data-path clips.csv --nproc 8
 """
 

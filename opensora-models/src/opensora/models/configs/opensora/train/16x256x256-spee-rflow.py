@@ -2,7 +2,7 @@
 
 Starts from an STDiT-XL/2 trained with iddpm, such as the published OpenSora-v1-HQ-16x256x256.pth.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 19 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora/train/16x256x256-spee-rflow --data-path clips.csv --nproc 8
 """
 

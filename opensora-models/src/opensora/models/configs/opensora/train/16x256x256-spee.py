@@ -2,7 +2,7 @@
 
 Half of the samples have given frames. (Open-Sora's file has mask names that its code refuses; these are today's.)
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 16 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora/train/16x256x256-spee --data-path clips.csv --nproc 8
 """
 

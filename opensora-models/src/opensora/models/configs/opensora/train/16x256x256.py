@@ -2,7 +2,7 @@
 
 What the image weights lack are the temporal layers, which start as nothing: the first frames are PixArt's. Hence partial.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 16 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora/train/16x256x256 --data-path clips.csv --nproc 8
 """
 

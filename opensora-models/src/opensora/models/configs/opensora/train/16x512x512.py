@@ -2,7 +2,7 @@
 
 Goes on from 256x256: --ckpt-path OpenSora-v1-HQ-16x256x256.pth, say.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 23 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora/train/16x512x512 --data-path clips.csv --nproc 8
 """
 

@@ -2,7 +2,7 @@
 
 The accelerator zero2-seq is not built yet: this page composes (--dry-run), and says so when it is run.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 80 GB. Model, optimizer and activations take about 39 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora/train/360x512x512 --data-path clips.csv --nproc 8
 """
 

@@ -3,7 +3,7 @@
 16 frames, whatever the file's name says: so is it published. The accelerator zero2-seq is not built yet: this page composes
 (--dry-run), and says so when it is run.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 15 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora/train/64x512x512-sp --data-path clips.csv --nproc 8
 """
 

@@ -2,7 +2,7 @@
 
 Goes on from 16 frames: --ckpt-path OpenSora-v1-HQ-16x512x512.pth, say.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 48 GB. Model, optimizer and activations take about 32 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora/train/64x512x512 --data-path clips.csv --nproc 8
 """
 

@@ -2,7 +2,7 @@
 
 The weights need the order of norm and rotation of 1.1: qk_norm_legacy.
 
-Hardware: see --dry-run.
+Hardware: one GPU with 16 GB: T5 takes 9 GiB in bf16 and is released once the prompts are encoded, the model 1.4 GiB.
 Command:  opensora-run opensora-v1-1/inference/sample
 """
 

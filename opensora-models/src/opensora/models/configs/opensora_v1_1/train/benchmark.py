@@ -2,7 +2,7 @@
 
 The batch sizes are a start for your own GPUs. (Open-Sora's file of this name gives ranges to search in.)
 
-Hardware: see --dry-run.
+Hardware: GPUs with 48 GB. Model, optimizer and activations take about 30 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora-v1-1/train/benchmark --data-path clips.csv --nproc 8
 """
 

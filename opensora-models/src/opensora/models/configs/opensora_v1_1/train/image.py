@@ -2,7 +2,7 @@
 
 Start from PixArt-alpha with --ckpt-path PixArt-XL-2-512x512.pth --model.partial True.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 20 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora-v1-1/train/image --data-path images.csv --nproc 8
 """
 

@@ -2,7 +2,7 @@
 
 The first step from noise prediction (iddpm) to straight paths, which need fewer sampling steps.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 13 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora-v1-1/train/image_rflow --data-path images.csv --nproc 8
 """
 

@@ -3,7 +3,7 @@
 Starts from image weights: --ckpt-path PixArt-XL-2-512x512.pth --model.partial True. A quarter of the samples is given some
 frames, so that the model learns to animate and extend.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 80 GB. Model, optimizer and activations take about 57 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora-v1-1/train/stage1 --data-path clips.csv --nproc 8
 """
 

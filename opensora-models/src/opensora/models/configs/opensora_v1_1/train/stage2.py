@@ -2,7 +2,7 @@
 
 Goes on from stage 1.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 22 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora-v1-1/train/stage2 --data-path clips.csv --nproc 8
 """
 

@@ -2,7 +2,7 @@
 
 Goes on from stage 2.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 48 GB. Model, optimizer and activations take about 26 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora-v1-1/train/stage3 --data-path clips.csv --nproc 8
 """
 

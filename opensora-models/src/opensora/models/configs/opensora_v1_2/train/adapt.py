@@ -2,7 +2,8 @@
 
 Starts from image weights: --ckpt-path PixArt-Sigma-XL-2-2K-MS.pth --model.partial True.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 80 GB, at a smaller batch size or with grad_checkpoint: as it is, a step takes about 84 GiB
+          (estimated, in bf16).
 Command:  opensora-run opensora-v1-2/train/adapt --data-path clips.csv --nproc 8
 """
 

@@ -2,7 +2,7 @@
 
 Goes on from adapt. The caption embedder stays as it is.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 80 GB. Model, optimizer and activations take about 38 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora-v1-2/train/stage1 --data-path clips.csv --nproc 8
 """
 

@@ -2,7 +2,7 @@
 
 Goes on from stage 2. Captions have their scores appended (aesthetic score, motion score).
 
-Hardware: see --dry-run.
+Hardware: GPUs with 80 GB. Model, optimizer and activations take about 40 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora-v1-2/train/stage3 --data-path clips.csv --nproc 8
 """
 

@@ -2,7 +2,7 @@
 
 There are no published weights of this model.
 
-Hardware: see --dry-run.
+Hardware: one GPU with 16 GB: T5 takes 9 GiB in bf16 and is released once the prompts are encoded, the model 1.1 GiB.
 Command:  opensora-run pixart/inference/16x256x256
 """
 

@@ -2,7 +2,7 @@
 
 Without key and value compression, PixArt-Sigma is a PixArt-XL/2 with longer text and another position scale.
 
-Hardware: see --dry-run.
+Hardware: one GPU with 16 GB: T5 takes 9 GiB in bf16 and is released once the prompts are encoded, the model 1.1 GiB.
 Command:  opensora-run pixart/inference/1x2048MS
 """
 

@@ -2,7 +2,7 @@
 
 Attention runs over all 16 x 256 tokens at once.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 14 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run pixart/train/16x256x256 --data-path clips.csv --nproc 8
 """
 

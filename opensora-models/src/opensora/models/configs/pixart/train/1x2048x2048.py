@@ -2,7 +2,7 @@
 
 The weights it starts from are one's own, grown from PixArt-Sigma, say: see opensora convert --help.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 80 GB. Model, optimizer and activations take about 37 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run pixart/train/1x2048x2048 --data-path images.csv --nproc 8
 """
 

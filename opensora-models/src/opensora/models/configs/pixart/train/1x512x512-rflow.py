@@ -2,7 +2,7 @@
 
 Starts from a model trained with iddpm: --ckpt-path PixArt-XL-2-512x512.pth.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 16 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run pixart/train/1x512x512-rflow --data-path images.csv --nproc 8
 """
 

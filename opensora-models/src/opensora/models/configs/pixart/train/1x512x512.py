@@ -1,6 +1,6 @@
 """Tune PixArt-alpha on captioned images of 512x512.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 14 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run pixart/train/1x512x512 --data-path images.csv --nproc 8
 """
 

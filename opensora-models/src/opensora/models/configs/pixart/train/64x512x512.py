@@ -2,7 +2,7 @@
 
 The clips are 256x256, whatever the file's name says: so is it published.
 
-Hardware: see --dry-run.
+Hardware: GPUs with 40 GB. Model, optimizer and activations take about 16 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run pixart/train/64x512x512 --data-path clips.csv --nproc 8
 """
 

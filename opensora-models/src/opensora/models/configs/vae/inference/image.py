@@ -2,7 +2,7 @@
 
 Writes originals and reconstructions side by side, and PSNR, SSIM and LPIPS.
 
-Hardware: see --dry-run.
+Hardware: one GPU with 16 GB, or a CPU and patience.
 Command:  opensora-run vae/inference/image --data-path images.csv
 """
 

@@ -2,7 +2,7 @@
 
 A fifth of the samples are single images, whose latents are to stay as they are (380k steps on 8 GPUs when published).
 
-Hardware: see --dry-run.
+Hardware: GPUs with 24 GB. Weights, optimizer and activations take about 6 GiB (estimated).
 Command:  opensora-run vae/train/stage1 --data-path clips.csv --nproc 8
 """
 

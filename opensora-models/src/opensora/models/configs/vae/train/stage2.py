@@ -2,7 +2,7 @@
 
 Goes on from stage 1 (260k steps on 8 GPUs when published).
 
-Hardware: see --dry-run.
+Hardware: GPUs with 24 GB. Weights, optimizer and activations take about 7 GiB (estimated).
 Command:  opensora-run vae/train/stage2 --data-path clips.csv --nproc 8
 """
 

@@ -2,7 +2,7 @@
 
 Goes on from stage 2 (540k steps on 24 GPUs when published).
 
-Hardware: see --dry-run.
+Hardware: GPUs with 24 GB.
 Command:  opensora-run vae/train/stage3 --data-path clips.csv --nproc 8
 """
 
