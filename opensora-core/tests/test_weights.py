@@ -16,12 +16,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from opensora.core import WeightsError
 from opensora.core.checkpoints import Checkpoint, save_checkpoint
-from opensora.core.weights import LoadReport, load_weights, locate_weights, read_weights, unwrap
+from opensora.core.interop import Interop
+from opensora.core.weight_files import read_config
+from opensora.core.weights import (
+    LoadReport,
+    grow_state,
+    load_state,
+    load_weights,
+    locate_weights,
+    read_weights,
+    unwrap,
+)
 
 
 class Small(nn.Module):
@@ -299,14 +309,6 @@ def test_the_hub_out_of_reach_is_a_clear_error() -> None:
     assert "Check the id and the network" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "source", ["nowhere", "./org/name", "/a/b", "a/b/c", "folder/file.safetensors", "folder/file.pt"]
-)
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source: str) -> None:
-    with pytest.raises(WeightsError, match=f"There is no file or folder {re.escape(source)}"):
-        locate_weights(source)
-
-
 def test_a_local_folder_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -376,6 +378,123 @@ def test_a_model_may_adapt_published_weights(state: dict[str, Tensor], tmp_path:
     assert report.is_complete
     assert sorted(report.adapted) == ["first.bias", "first.weight", "second.bias"]
     assert torch.equal(model.second.bias, state["second.bias"])
+
+
+def test_the_files_own_precision_can_be_kept(state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file({key: value.bfloat16() for key, value in state.items()}, tmp_path / "a.safetensors")
+    small = Small()
+    load_weights(small, tmp_path / "a.safetensors", assign=True)
+    assert small.first.weight.dtype is torch.bfloat16
+    assert small.first.weight.requires_grad
+
+
+# ---- what a class says about other projects' weights
+
+
+class Image(Small):
+    """Takes files of models that lack its second layer."""
+
+    interop = Interop(
+        new_parts=r"^second\.",
+        published={"known.pt": ""},
+        diagnose=lambda module, state: "This looks like a cat." if "cat" in state else "",
+        compare=lambda module, config: [f"colour is {config['colour']} there"] if config else [],
+    )
+
+
+def test_parts_that_image_models_lack_keep_their_initial_values(state: dict[str, Tensor]) -> None:
+    image = Image()
+    bias = image.second.bias.clone()
+    report = load_state(image, {key: state[key] for key in ("first.weight", "first.bias")}, source="a")
+    assert report.is_complete
+    assert report.started == ["second.weight", "second.bias"]
+    assert torch.equal(image.second.bias, bias)
+
+
+def test_parts_that_a_file_has_in_part_are_missing(state: dict[str, Tensor]) -> None:
+    with pytest.raises(WeightsError, match=r"1 missing: second\.bias"):
+        load_state(Image(), {key: state[key] for key in ("first.weight", "first.bias", "second.weight")}, source="a")
+
+
+def test_a_class_says_what_a_file_looks_like(state: dict[str, Tensor]) -> None:
+    with pytest.raises(WeightsError, match="This looks like a cat"):
+        load_state(Image(), {"cat": torch.zeros(1)}, source="a")
+    with pytest.raises(WeightsError, match="Is it another model's file"):
+        load_state(Image(), {"dog": torch.zeros(1)}, source="a")
+
+
+def test_a_published_name_is_looked_up_for_a_class(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=r"Put the file at pretrained_models/known\.pt"):
+        load_weights(Image(), "known.pt")
+    (tmp_path / "pretrained_models").mkdir()
+    torch.save(state, tmp_path / "pretrained_models" / "known.pt")
+    assert load_weights(Image(), "known.pt").is_complete
+
+
+def test_differences_of_the_config_are_told(
+    state: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"colour": "red"}')
+    load_weights(Image(), tmp_path)
+    assert "its config and this model differ: colour is red there" in caplog.text
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "can't be read"), ("[]", "holds a list, not an object")])
+def test_a_damaged_config_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=f"config.json {message}"):
+        read_config(tmp_path)
+
+
+def test_tensors_without_a_place_lie_beside_the_others(state: dict[str, Tensor], tmp_path: Path) -> None:
+    rest = {"second.bias": state.pop("second.bias")}
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(rest, tmp_path / "opensora_extra.safetensors")
+    assert_loads(tmp_path, state | rest)
+
+
+# ---- growing
+
+
+@pytest.mark.parametrize(("case", "result"), [("vec", "out"), ("mat", "out"), ("conv", "out_wanted")])
+def test_reference_growth(case: str, result: str) -> None:
+    golden = load_file(Path(__file__).parent / "goldens" / "net2net.safetensors")
+    student = golden[f"{case}.student"]
+    before = student.clone()
+    grown = grow_state({"a": student, "b": torch.ones(1)}, {"a": golden[f"{case}.teacher"]})
+    assert torch.equal(grown["a"], golden[f"{case}.{result}"])
+    assert torch.equal(student, before)
+    assert torch.equal(grown["b"], torch.ones(1))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (5,), (4, 4, 1)])
+def test_a_tensor_does_not_shrink_or_change_its_axes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(WeightsError, match=rf"a can't grow from {re.escape(str(list(shape)))} to \[2, 4\]"):
+        grow_state({"a": torch.zeros(2, 4)}, {"a": torch.zeros(shape)})
+
+
+def test_a_model_grows_from_a_narrower_one(state: dict[str, Tensor], tmp_path: Path) -> None:
+    narrow = {"first.weight": state["first.weight"][:2], "first.bias": state["first.bias"][:2]}
+    save_file(narrow, tmp_path / "a.safetensors")
+    small = Small()
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    with pytest.raises(WeightsError, match="2 of another shape"):
+        load_weights(small, tmp_path / "a.safetensors")
+    report = load_weights(small, tmp_path / "a.safetensors", grow=True)
+    assert report.grown == ["first.weight", "first.bias", "second.weight", "second.bias"]
+    assert torch.equal(small.first.weight[:2], narrow["first.weight"])
+    assert torch.equal(small.first.weight[2:], before["first.weight"][2:])
+    assert torch.equal(small.second.weight, before["second.weight"])
+
+
+def test_a_model_does_not_grow_from_a_deeper_one(state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(state | {"third.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=r"1 unexpected: third\.weight"):
+        load_weights(Small(), tmp_path / "a.safetensors", grow=True)
 
 
 def test_a_long_report_stays_readable() -> None:

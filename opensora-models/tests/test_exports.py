@@ -12,7 +12,10 @@ import opensora.models
 
 MODULES = [
     "dit",
+    "from_diffusers.transformer",
+    "from_diffusers.vae",
     "latte",
+    "latte_t2v",
     "pixart",
     "pixart_sigma",
     "stdit",
@@ -26,6 +29,10 @@ MODULES = [
     "text_encoders.t5",
     "vae.identity",
     "vae.image_vae",
+    "vae.posterior",
+    "vae.temporal_decoder",
+    "vae.temporal_vae",
+    "vae.video_vae",
 ]
 
 

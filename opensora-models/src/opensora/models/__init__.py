@@ -21,6 +21,7 @@ _HOME_OF = {
     "DiT_XL_2x2": "dit",
     "DiT_XL_4": "dit",
     "DiT_XL_8": "dit",
+    "DiffusersTransformer": "from_diffusers.transformer",
     "Latte": "latte",
     "LatteT2V": "latte_t2v",
     "LatteT2V_XL_2": "latte_t2v",

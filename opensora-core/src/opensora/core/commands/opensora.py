@@ -1,4 +1,4 @@
-"""``opensora``: what is installed, what this machine can do, whether a component conforms."""
+"""``opensora``: what is installed, what this machine can do, whether a component conforms, weights into other layouts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from opensora.core import components
+from opensora.core.commands import _convert
 from opensora.core.commands._main import Parser, run_command, set_up_logging
 from opensora.core.errors import ComponentError, ConfigError, did_you_mean
 
@@ -47,6 +48,10 @@ def _parser() -> Parser:
     verify.add_argument("kind", metavar="KIND", help="such as models")
     verify.add_argument("name", metavar="NAME", help='such as "STDiT3-XL/2"')
     verify.add_argument("options", nargs="*", metavar="KEY=VALUE", help="of the component's Spec, such as depth=2")
+    convert = _command(
+        commands, "convert", _convert.run, "weights from one project's layout into another's", as_json=False
+    )
+    _convert.add_arguments(convert)
     return parser
 
 

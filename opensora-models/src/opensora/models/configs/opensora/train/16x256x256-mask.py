@@ -20,7 +20,6 @@ model = dict(
     space_scale=0.5,
     time_scale=1,
     from_pretrained="PixArt-XL-2-512x512.pth",
-    partial=True,
 )
 vae = dict(
     type="VideoAutoencoderKL",

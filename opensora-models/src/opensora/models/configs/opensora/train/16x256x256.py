@@ -1,6 +1,6 @@
 """Open-Sora 1.0, first stage: STDiT-XL/2 on 16 frames of 256x256, starting from PixArt-alpha's image weights.
 
-What the image weights lack are the temporal layers, which start as nothing: the first frames are PixArt's. Hence partial.
+What the image weights lack are the temporal layers, which start as nothing: each frame is PixArt's at first.
 
 Hardware: GPUs with 40 GB. Model, optimizer and activations take about 16 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora/train/16x256x256 --data-path clips.csv --nproc 8
@@ -19,7 +19,6 @@ model = dict(
     space_scale=0.5,
     time_scale=1,
     from_pretrained="PixArt-XL-2-512x512.pth",
-    partial=True,
 )
 vae = dict(
     type="VideoAutoencoderKL",

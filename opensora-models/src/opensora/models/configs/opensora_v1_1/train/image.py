@@ -1,6 +1,6 @@
 """Train STDiT2-XL/2 on captioned images of all sizes from 256 to 1080p.
 
-Start from PixArt-alpha with --ckpt-path PixArt-XL-2-512x512.pth --model.partial True.
+Start from PixArt-alpha with --ckpt-path PixArt-XL-2-512x512.pth.
 
 Hardware: GPUs with 40 GB. Model, optimizer and activations take about 20 GiB (estimated, in bf16), T5 9 GiB.
 Command:  opensora-run opensora-v1-1/train/image --data-path images.csv --nproc 8

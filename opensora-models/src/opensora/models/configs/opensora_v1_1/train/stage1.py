@@ -1,6 +1,6 @@
 """Open-Sora 1.1, stage 1: STDiT2-XL/2 on clips of 144p and 256, up to 96 frames, and images up to 1024.
 
-Starts from image weights: --ckpt-path PixArt-XL-2-512x512.pth --model.partial True. A quarter of the samples is given some
+Starts from image weights: --ckpt-path PixArt-XL-2-512x512.pth. A quarter of the samples is given some
 frames, so that the model learns to animate and extend.
 
 Hardware: GPUs with 80 GB. Model, optimizer and activations take about 57 GiB (estimated, in bf16), T5 9 GiB.

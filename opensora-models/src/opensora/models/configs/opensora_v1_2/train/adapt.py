@@ -1,6 +1,6 @@
 """Open-Sora 1.2, adaptation: teach STDiT3-XL/2 rectified flow and the video autoencoder, at 144p to 1080p.
 
-Starts from image weights: --ckpt-path PixArt-Sigma-XL-2-2K-MS.pth --model.partial True.
+Starts from image weights: --ckpt-path PixArt-Sigma-XL-2-2K-MS.pth.
 
 Hardware: GPUs with 80 GB, at a smaller batch size or with grad_checkpoint: as it is, a step takes about 84 GiB
           (estimated, in bf16).
