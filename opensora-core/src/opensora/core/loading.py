@@ -29,6 +29,7 @@ __all__ = [
     "Batch",
     "BatchOrder",
     "Order",
+    "OwnBatches",
     "Place",
     "SampleOrder",
     "Slicing",
@@ -58,7 +59,10 @@ class Place:
 class Order(Protocol):
     """Which samples each micro-batch holds, for ever."""
 
-    num_samples: int
+    @property
+    def num_samples(self) -> int:
+        """Rows of the data."""
+        ...
 
     def iter_micro_batches(self, slicing: Slicing, place: Place) -> Iterator[list[SampleKey]]:
         """One process's micro-batches from ``place`` on."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from opensora.core.components import load, structure_spec
 from opensora.core.composing import Parts, build_parts, checkpoint_activations, is_installed
 from opensora.core.conditioning import Conditioning
+from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import DataError
 from opensora.core.loading import BatchOrder, Slicing
 from opensora.core.pipelines.sample_spec import SampleSpec
-from opensora.core.pipelines.train_spec import LoopSpec, TrainSpec
+from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Dataset, Size
 
 __all__ = ["declared_size", "describe_sampling", "describe_training", "measure"]
@@ -38,7 +39,7 @@ def describe_training(spec: TrainSpec) -> str:
     lines = [f"data         {spec.dataset.type}: {data_line}"]
     batches = _bucket_sizes(spec)
     largest = max(batches, key=lambda one: math.prod(one[0]) * one[1]) if batches else None
-    size = largest[0] if largest else clip_size(dataset, spec.seed) if dataset else declared_size(spec)
+    size = largest[0] if largest else clip_size(dataset, spec.seed) if dataset else declared_size(spec.dataset)
     if size is None:
         return "\n".join([*lines, "The size of the clips is not known, so nothing more can be said."])
     parts = build_parts(spec, size_of=lambda: None if batches else size, meta=True)
@@ -120,9 +121,9 @@ def describe_sampling(spec: SampleSpec, prompts: Sequence[str]) -> str:
     )
 
 
-def declared_size(spec: LoopSpec) -> Size | None:
+def declared_size(dataset: ComponentConfig) -> Size | None:
     """(T, H, W) as the dataset's options say, where its file isn't there yet."""
-    options = structure_spec("datasets", spec.dataset)
+    options = structure_spec("datasets", dataset)
     num_frames, image_size = getattr(options, "num_frames", 1), getattr(options, "image_size", None)
     return (num_frames, *image_size) if num_frames and image_size else None
 
@@ -178,7 +179,7 @@ def measure(call: Callable[[], Tensor], module: nn.Module, *, train: bool) -> tu
         with torch.set_grad_enabled(train):
             prediction = call()
         if train:
-            prediction.sum().backward()
+            torch.autograd.backward(prediction.sum())
     return counter.get_total_flops(), sum(saved.values())
 
 

@@ -34,7 +34,7 @@ from opensora.core.optimization import build_adamw
 from opensora.core.pipelines.loop import Counters, LoopRun, train
 from opensora.core.pipelines.train_loop import TrainRun
 from opensora.core.pipelines.train_spec import LoopSpec, TrainSpec
-from opensora.core.protocols import Dataset, Size, TextEncoder
+from opensora.core.protocols import Clip, Dataset, Size, TextEncoder
 from opensora.core.randomness import SampleKey
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder
 from opensora.core.stopping import StopRequest, stopping_on_signals
@@ -283,7 +283,8 @@ def clip_size(dataset: Any, seed: int) -> Size:
     reason: DataError | None = None
     for index in range(len(dataset)):
         try:
-            return dataset[SampleKey(seed, index)].size
+            clip: Clip = dataset[SampleKey(seed, index)]
+            return clip.size
         except DataError as error:
             reason = reason or error
     raise DataError(f"None of the {len(dataset)} clips can be read; the first: {reason}")
