@@ -74,6 +74,35 @@ def test_modules_are_placed_in_the_accelerators_dtype(single: Single) -> None:
     assert next(single.place(nn.Linear(2, 2).double()).parameters()).dtype is torch.float32
 
 
+def test_modules_are_placed_where_and_as_they_are_asked_for(single: Single) -> None:
+    layer = single.place(nn.Linear(2, 2), device=torch.device("meta"), dtype=torch.bfloat16)
+    assert (layer.weight.device.type, layer.weight.dtype) == ("meta", torch.bfloat16)
+
+
+def test_what_overflows_in_fp16_stays_float32_there_and_keeps_every_bit(single: Single) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    module[1].overflows_in_fp16 = module[2].overflows_in_fp16 = True
+    module[2].register_buffer("numbers", torch.arange(3))
+    before = module[2].weight.clone()
+    single.place(module, dtype=torch.float16)
+    assert module[0].weight.dtype is torch.float16
+    assert module[1].running_mean.dtype is torch.float32
+    assert module[2].numbers.dtype is torch.int64
+    assert torch.equal(module[2].weight, before)
+    single.place(module, dtype=torch.bfloat16)
+    assert module[2].weight.dtype is torch.bfloat16
+
+
+def test_shared_weights_stay_shared(single: Single) -> None:
+    module = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    module[1].weight = module[0].weight  # type: ignore[assignment]  # a parameter
+    module[1].overflows_in_fp16 = True
+    single.place(module, dtype=torch.float16)
+    assert module[0].weight is module[1].weight
+    assert module[0].weight.dtype is torch.float32
+    assert module[0].bias.dtype is torch.float16
+
+
 def test_alone_among_processes(single: Single) -> None:
     with single as entered:
         assert entered is single

@@ -141,3 +141,10 @@ def test_joining_texts_of_different_lengths_is_refused_by_name() -> None:
 
 def test_joining_nothing_gives_nothing() -> None:
     assert len(Conditioning.cat([])) == 0
+
+
+def test_memory_counts_every_tensor() -> None:
+    told = Conditioning(text_embedding=torch.zeros(2, 3, 4), text_mask=torch.ones(2, 3).bool(), fps=torch.ones(2))
+    assert told.nbytes == 2 * 3 * 4 * 4 + 2 * 3 + 2 * 4
+    assert Conditioning().nbytes == 0
+    assert Conditioning(extra={"pose": torch.zeros(2, 5)}).nbytes == 40

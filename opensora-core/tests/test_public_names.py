@@ -32,7 +32,8 @@ def test_all_names_what_is_there_once(name: str) -> None:
 
 CONTRACT = [
     "accelerator", "attention", "checkpoints", "components", "conditioning", "errors", "frame_masks", "hooking", "hookspecs",
-    "loading", "optimization", "prompts", "protocols", "randomness", "run_folder", "sizes", "stopping", "testing", "weights",
+    "loading", "optimization", "prompts", "protocols", "randomness", "run_folder", "sizes", "stopping", "testing",
+    "text_cache", "weights",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from opensora.core import ComponentError, components
+from opensora.core.machine import probe_dtype
 from opensora.core.testing import Report, check, check_denoiser, check_scheduler, check_text_encoder, check_vae
 
 DENOISERS = '''
@@ -181,6 +182,56 @@ class TooManyFrames(Good):
 class Raises(Good):
     def encode(self, video, *, draws=None):
         raise ValueError("no such size")
+
+class MixesDecoded(Good):
+    def decode(self, latents, *, num_frames):
+        return super().decode(latents - latents.mean(0), num_frames=num_frames)
+
+class Gained(Good):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.gain = nn.Parameter(torch.randn(3, 1, 1, 1))
+
+    def encode(self, video, *, draws=None):
+        return super().encode(video.to(self.gain.dtype) * self.gain, draws=draws).float()
+
+class OwnDtype(Gained):
+    def encode(self, video, *, draws=None):
+        return Good.encode(self, video.to(self.gain.dtype) * self.gain, draws=draws)
+
+class NeedsFloat32(Gained):
+    def encode(self, video, *, draws=None):
+        large = (1000 + self.gain) - 1000
+        return Good.encode(self, video * large, draws=draws).float()
+
+class ReadsAnyway(Gained):
+    def __init__(self, spec, *, meta=False):
+        super().__init__(spec)
+        self.gain = nn.Parameter(torch.ones(3, 1, 1, 1, device="cpu"))
+
+class OtherShapes(Gained):
+    def __init__(self, spec, *, meta=False):
+        super().__init__(spec)
+        if meta:
+            self.gain = nn.Parameter(torch.ones(2, 1, 1, 1))
+
+class GoesOnLearning(Gained):
+    def encode(self, video, *, draws=None):
+        self.gain.requires_grad_(True)
+        return super().encode(video, draws=draws).detach()
+
+class GoesOnTraining(Gained):
+    def encode(self, video, *, draws=None):
+        self.train()
+        return super().encode(video, draws=draws)
+
+class HiddenState(Gained):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.register_buffer("secret", torch.randn(1), persistent=False)
+
+    def encode(self, video, *, draws=None):
+        return super().encode(video, draws=draws) + self.secret
 """
 
 ENCODERS = '''
@@ -248,6 +299,46 @@ class PaddedToTheLongest(Good):
 class Nothing(Good):
     def encode(self, prompts):
         return Conditioning()
+
+class NotFinite(Good):
+    def encode(self, prompts):
+        told = super().encode(prompts)
+        return told.replace(text_embedding=told.text_embedding / 0)
+
+class OtherFacts(Good):
+    """Its length is known from files only."""
+
+    def __init__(self, spec, *, meta=False):
+        super().__init__(spec)
+        self.max_length = 7 if meta else 5
+
+class Embedder(nn.Module):
+    """A vector a letter, and their sum a word; the padding's is a buffer."""
+
+    Spec, max_length = Spec, 5
+
+    def __init__(self, spec):
+        super().__init__()
+        self.width = spec.width
+        self.letters = nn.Embedding(26, spec.width)
+        self.register_buffer("padding", torch.zeros(spec.width))
+
+    def encode(self, prompts):
+        mask = torch.tensor([[place <= len(prompt.split()) for place in range(5)] for prompt in prompts])
+        rows = [[self.word(word) for word in prompt.split()] for prompt in prompts]
+        rows = [torch.stack([self.padding, *row, *[self.padding] * 5][:5]) for row in rows]
+        return Conditioning(text_embedding=torch.stack(rows), text_mask=mask)
+
+    def word(self, word):
+        return self.letters(torch.tensor([ord(letter) % 26 for letter in word])).sum(0)
+
+class HiddenWeights(Embedder):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.secret = {"table": torch.randn(26, spec.width)}
+
+    def word(self, word):
+        return super().word(word) + self.secret["table"][len(word)].to(self.padding.dtype)
 '''
 
 SCHEDULERS = '''
@@ -416,13 +507,38 @@ def test_checking_leaves_the_global_random_numbers_alone_and_repeats() -> None:
 
 # ---- autoencoders, text encoders, schedulers
 
+HALF = "in half precision it gives nearly the same"
+OF_A_MODULE = ["stays frozen and in eval mode", HALF, "loads its own state dict to the same outputs"]
+ALL_OF_AN_AUTOENCODER = [
+    "latents have the announced channels and size, in float32",
+    "encoding is the same for the same draws",
+    "a video doesn't depend on the others in its batch",
+    "decoding gives [B, 3, num_frames, H', W'] for the frames that were asked for, in float32",
+    "a decoded video doesn't depend on the others in its batch",
+    "builds on the meta device, for dry runs",
+    *OF_A_MODULE,
+]
+ALL_OF_A_TEXT_ENCODER = [
+    "gives text_embedding [B, L, D] and text_mask [B, L], or labels [B]",
+    "encodes alike again, and alone",
+    "builds on the meta device, for dry runs",
+]
+has_bf16 = probe_dtype("cpu", "bf16") is None
+
+
+def tried(checks: list[str]) -> list[str]:
+    """Of a component with weights: without half precision, where this machine has none."""
+    return checks if has_bf16 else [each for each in checks if each != HALF]
+
 
 def test_good_ones_pass() -> None:
-    assert len(check_vae("kit-Good").passed) == 4
-    assert len(check_vae("kit-Good", size=(1, 8, 6), scale=3.0).passed) == 4
-    assert len(check_text_encoder("kit-Good").passed) == 2
-    assert len(check_text_encoder("kit-Labels", prompts=["0", "1", "22"]).passed) == 2
-    assert len(check_text_encoder("kit-DropsOut").passed) == 2
+    assert check_vae("kit-Good").passed == ALL_OF_AN_AUTOENCODER
+    assert check_vae("kit-Good", size=(1, 8, 6), scale=3.0).passed == ALL_OF_AN_AUTOENCODER
+    assert check_vae("kit-Gained").passed == tried(ALL_OF_AN_AUTOENCODER)
+    assert check_text_encoder("kit-Good").passed == ALL_OF_A_TEXT_ENCODER
+    assert check_text_encoder("kit-Labels", prompts=["0", "1", "22"]).passed == ALL_OF_A_TEXT_ENCODER
+    assert check_text_encoder("kit-DropsOut").passed == [*ALL_OF_A_TEXT_ENCODER, *OF_A_MODULE]
+    assert check_text_encoder("kit-Embedder").passed == tried([*ALL_OF_A_TEXT_ENCODER, *OF_A_MODULE])
     assert len(check_scheduler("kit-Good").passed) == 8
     assert len(check_scheduler("kit-Good", samples=False).passed) == 4
     assert len(check_scheduler("kit-Good", trains=False, num_sampling_steps=2).passed) == 4
@@ -431,14 +547,35 @@ def test_good_ones_pass() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("WrongSize", "announced channels and size: AssertionError: got [2, 3, 3, 16, 24], expected [2, 3, 3, 32, 48]"),
+        (
+            "WrongSize",
+            "channels and size, in float32: AssertionError: got [2, 3, 3, 16, 24], expected [2, 3, 3, 32, 48]",
+        ),
         ("GlobalNoise", "encoding is the same for the same draws"),
         ("BatchMean", "a video doesn't depend on the others in its batch"),
         ("TooManyFrames", "got [2, 3, 4, 32, 48]"),
         ("Raises", "ValueError: no such size"),
+        ("MixesDecoded", "a decoded video doesn't depend on the others in its batch"),
+        ("ReadsAnyway", "['gain'] are on a real device. Take the keyword `meta`"),
+        ("OtherShapes", "other weights than the real one's: ['gain']"),
+        ("GoesOnLearning", "encoding makes a parameter ask for gradients"),
+        ("GoesOnTraining", "encoding puts it into training mode"),
+        ("HiddenState", "latents differs: something that matters is not in it"),
     ],
 )
 def test_a_broken_autoencoder_fails_in_readable_words(name: str, words: str) -> None:
+    assert words in failure(check_vae, name)
+
+
+@pytest.mark.skipif(not has_bf16, reason="this machine computes no bf16")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("OwnDtype", "got torch.bfloat16, expected float32 whatever the weights are"),
+        ("NeedsFloat32", "% in bf16"),
+    ],
+)
+def test_an_autoencoder_that_half_precision_breaks(name: str, words: str) -> None:
     assert words in failure(check_vae, name)
 
 
@@ -450,6 +587,12 @@ def test_a_broken_autoencoder_fails_in_readable_words(name: str, words: str) -> 
         ("Short", "got [3, 3, 4], expected [3, 5, 4]"),
         ("PaddedToTheLongest", "encodes alike again, and alone"),
         ("Nothing", "text_embedding is missing"),
+        ("NotFinite", "text_embedding is not all finite"),
+        (
+            "OtherFacts",
+            "announces {'width': 4, 'max_length': 7} there, and {'width': 4, 'max_length': 5} with its weights",
+        ),
+        ("HiddenWeights", "text_embedding differs: something that matters is not in it"),
     ],
 )
 def test_a_broken_text_encoder_fails_in_readable_words(name: str, words: str) -> None:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 import torch
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
-from opensora.core.errors import WeightsError
+from opensora.core.accelerator import Single, SingleSpec
+from opensora.core.errors import MachineError, WeightsError
+from opensora.core.testing import check_text_encoder
 from opensora.models.text_encoders.t5 import T5Encoder
 
 WORDS = ["\u2581a", "\u2581wave", "\u2581sea", "\u2581red", "\u2581"]
@@ -23,9 +38,13 @@ def folder(reference, tmp_path_factory):
     module = T5EncoderModel(T5Config(**reference.config))
     module.load_state_dict(reference.state, strict=False)
     module.save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+def save_tokenizer(path) -> None:
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *[(word, -1.0) for word in WORDS]]
     T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(path)
-    return path
 
 
 def build(folder, **options) -> T5Encoder:
@@ -99,3 +118,125 @@ def test_shapes_without_weights(folder):
     count = sum(parameter.numel() for parameter in published.parameters())
     assert count == 4_762_310_656  # of the published encoder
     assert all(parameter.is_meta for parameter in published.parameters())
+
+
+# ---- other sizes and relatives
+
+SMALL = {"vocab_size": 16, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+RELATIVES = {
+    "the first T5": lambda: T5ForConditionalGeneration(T5Config(**SMALL, feed_forward_proj="relu")).eval(),
+    "T5 v1.1": lambda: T5EncoderModel(T5Config(**SMALL, feed_forward_proj="gated-gelu")).eval(),
+    "UMT5": lambda: UMT5EncoderModel(UMT5Config(**SMALL)).eval(),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_of_any_size(name, tmp_path):
+    torch.manual_seed(0)
+    module = RELATIVES[name]()
+    module.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    encoder = build(tmp_path)
+    ids = torch.tensor([[3, 4, 1, 0, 0, 0]])
+    with torch.no_grad():
+        expected = module.get_encoder()(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+    torch.testing.assert_close(encoder.encode(["a wave"]).text_embedding, expected, atol=1e-6, rtol=0)
+    with torch.device("meta"):
+        empty = T5Encoder(encoder.spec, meta=True)
+    assert {key: each.shape for key, each in empty.state_dict().items()} == {
+        key: each.shape for key, each in encoder.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_folder_of_another_kind_of_model(meta, tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(WeightsError, match=r'its config.json is that of a "bert" model'):
+        T5Encoder(T5Encoder.Spec(from_pretrained=str(tmp_path)), meta=meta)
+
+
+def test_folder_that_lacks_weights(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    state = load_file(folder / "model.safetensors")
+    state.pop("encoder.block.1.layer.0.SelfAttention.q.weight")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"1 of its weights are missing, such as .*block.1.*q.weight"):
+        build(tmp_path)
+
+
+# ---- half precision and 8 bits
+
+
+def place(encoder: T5Encoder, dtype: torch.dtype) -> T5Encoder:
+    """As the pipelines do."""
+    return Single(SingleSpec(), device="cpu", dtype="fp32").place(encoder, dtype=dtype)
+
+
+def test_in_fp16_what_would_overflow_stays_float32(folder):
+    encoder, spoiled = build(folder), build(folder)
+    for each in (encoder, spoiled):
+        for block in each.module.encoder.block:
+            block.layer[1].DenseReluDense.wo.weight.mul_(3e4)
+    expected = encoder.encode(["a wave"]).text_embedding
+    place(encoder, torch.float16)
+    kept = {key for key, value in encoder.named_parameters() if value.dtype is torch.float32}
+    assert kept == {f"module.encoder.block.{index}.layer.1.DenseReluDense.wo.weight" for index in (0, 1)}
+    found = encoder.encode(["a wave"]).text_embedding
+    assert found.dtype is torch.float16
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    assert not spoiled.half().encode(["a wave"]).text_embedding.allclose(found, atol=0.02, rtol=0.02)
+
+
+def test_in_bf16_all_is_bf16(folder):
+    assert {each.dtype for each in place(build(folder), torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def pretend_installed(monkeypatch, *names):
+    for name in ("bitsandbytes", "accelerate"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module if name in names else None)
+
+
+@pytest.mark.parametrize(
+    ("installed", "missing"),
+    [([], "bitsandbytes and accelerate"), (["accelerate"], "bitsandbytes"), (["bitsandbytes"], "accelerate")],
+)
+def test_8_bits_need_packages(installed, missing, folder, monkeypatch):
+    pretend_installed(monkeypatch, *installed)
+    with pytest.raises(MachineError, match=rf'needs {missing}: pip install "opensora-models\[8bit\]"'):
+        build(folder, load_in_8bit=True)
+
+
+def test_8_bits_are_asked_of_transformers(folder, monkeypatch):
+    asked = {}
+
+    def from_pretrained(source, **options):
+        asked.update(options, source=source)
+        return T5EncoderModel(T5Config(**SMALL)), {"missing_keys": set()}
+
+    pretend_installed(monkeypatch, "bitsandbytes", "accelerate")
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", from_pretrained)
+    build(folder, load_in_8bit=True)
+    assert asked["source"] == str(folder)
+    assert asked["dtype"] is torch.float16
+    assert asked["quantization_config"].load_in_8bit is True
+    asked.clear()
+    build(folder)
+    assert asked["dtype"] is torch.float32
+    assert "quantization_config" not in asked
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of bitsandbytes
+def test_8_bits_give_nearly_the_same(folder):
+    exact = build(folder).encode(["a wave"]).text_embedding
+    encoder = place(build(folder, load_in_8bit=True), torch.float16)
+    assert any(each.dtype is torch.int8 for each in encoder.parameters())
+    found = encoder.encode(["a wave"]).text_embedding.float()
+    assert (found - exact).norm() <= 0.05 * exact.norm()
+
+
+def test_conforms(folder):
+    check_text_encoder("t5", from_pretrained=str(folder), model_max_length=6, prompts=["a wave", "", "red sea"])

@@ -9,12 +9,12 @@ import atexit
 import gc
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opensora.core.accelerator import Accelerator, DtypeName
 from opensora.core.errors import ConfigError, MachineError
-
-if TYPE_CHECKING:
-    from opensora.core.conditioning import Conditioning
-    from opensora.core.protocols import Denoiser
 
 __all__ = ["DDP", "DDPSpec"]
 
@@ -103,34 +99,34 @@ class DDP(Accelerator):
             gc.collect()
             dist.destroy_process_group()
 
-    def prepare(self, denoiser: nn.Module) -> Denoiser:
+    def prepare(self, module: nn.Module) -> Callable[..., Any]:
         """As `Accelerator.prepare`. All processes get the main one's weights.
 
         Raises:
             ConfigError: When called: the step before did not use all parameters, and ``find_unused_parameters`` is off.
         """
         replica = DistributedDataParallel(
-            denoiser.to(self.device),
+            module.to(self.device),
             **KEEP_BUFFERS,  # they are tables of positions and the like, the same everywhere
             gradient_as_bucket_view=True,
             find_unused_parameters=self.spec.find_unused_parameters,
         )
         self._replicas.append(replica)
-        predict = self._autocast(partial(self._run_replica, len(self._replicas) - 1))
+        run_replica = self._autocast(partial(self._run_replica, len(self._replicas) - 1))
 
-        def call(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        def call(*inputs: Any) -> Any:
             try:
-                return predict(latents, timestep, conditioning)
+                return run_replica(*inputs)
             except RuntimeError as error:
                 if "find_unused_parameters=True" in str(error):
-                    raise ConfigError(_unused_parameters(str(error), denoiser)) from error
+                    raise ConfigError(_unused_parameters(str(error), module)) from error
                 raise
 
         return call
 
-    def _run_replica(self, index: int, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def _run_replica(self, index: int, *inputs: Any) -> Any:
         # Found by its number, so that nobody outside holds a replica and leaving can let go of it.
-        return self._replicas[index](latents, timestep, conditioning)  # type: ignore[no-any-return]  # a module's call
+        return self._replicas[index](*inputs)
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -215,8 +211,8 @@ def _joining_failed(reason: str, environment: Mapping[str, str]) -> str:
     return f"Can't join the other processes at {address}:{port}: {reason.strip().partition(chr(10))[0]}"
 
 
-def _unused_parameters(reason: str, denoiser: nn.Module) -> str:
-    names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
+def _unused_parameters(reason: str, module: nn.Module) -> str:
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     indices = re.search(r"rank \d+: ([\d ]+)", reason)
     unused = ", ".join(names[int(index)] for index in indices[1].split()) if indices else "some parameters"
     return (

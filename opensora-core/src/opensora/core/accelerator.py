@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 from attrs import frozen
@@ -13,11 +13,7 @@ from torch import Tensor, nn
 from opensora.core.errors import MachineError, UserError
 from opensora.core.machine import probe_dtype
 
-if TYPE_CHECKING:
-    from opensora.core.conditioning import Conditioning
-    from opensora.core.protocols import Denoiser
-
-__all__ = ["Accelerator", "DtypeName", "Single", "SingleSpec", "choose_device", "choose_dtype"]
+__all__ = ["Accelerator", "DtypeName", "Single", "SingleSpec", "cast_module", "choose_device", "choose_dtype"]
 
 DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,26 +56,35 @@ class Accelerator:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         """Leave the other processes."""
 
-    # ---- running the denoiser
+    # ---- running networks
 
-    def prepare(self, denoiser: nn.Module) -> Denoiser:
-        """Move the denoiser to the device and return what the scheduler calls: it trains ``denoiser``'s own parameters."""
-        return self._autocast(denoiser.to(self.device))
+    def prepare(self, module: nn.Module) -> Callable[..., Any]:
+        """Move a network to the device and return what calls it (the scheduler, a denoiser): its own parameters are trained."""
+        return self._autocast(module.to(self.device))
 
-    def place(self, module: ModuleT) -> ModuleT:
-        """Move a module that isn't trained to the device, in the accelerator's dtype."""
-        return module.to(self.device, self.dtype)
+    def place(
+        self, module: ModuleT, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> ModuleT:
+        """Move a module that isn't trained to a device, in half precision if so asked.
 
-    def predictor(self, denoiser: nn.Module) -> Denoiser:
-        """What a sampler calls: the placed denoiser under mixed precision, without gradients' machinery."""
-        return self._autocast(denoiser)
+        Submodules that say ``overflows_in_fp16 = True`` stay float32 there.
 
-    def _autocast(self, denoiser: Callable[..., Tensor]) -> Denoiser:
+        Args:
+            device: None is the accelerator's.
+            dtype: None is the accelerator's.
+        """
+        return cast_module(module, device or self.device, dtype or self.dtype)
+
+    def predictor(self, network: Callable[..., Any]) -> Callable[..., Any]:
+        """What a sampler calls: the placed network, or a method of it, in mixed precision, without exchange of gradients."""
+        return self._autocast(network)
+
+    def _autocast(self, network: Callable[..., Any]) -> Callable[..., Any]:
         enabled, device, dtype = self.dtype is not torch.float32, self.device.type, self.dtype
 
-        def call(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        def call(*inputs: Any) -> Any:
             with torch.autocast(device, dtype, enabled=enabled):
-                return denoiser(latents, timestep, conditioning)
+                return network(*inputs)
 
         return call
 
@@ -170,6 +175,21 @@ class Single(Accelerator):
     """One process on one device."""
 
 
+def cast_module(module: ModuleT, device: torch.device, dtype: torch.dtype) -> ModuleT:
+    """Move and cast a module in place; for fp16, what says ``overflows_in_fp16 = True`` becomes float32 instead."""
+    wide: set[int] = set()
+    if dtype is torch.float16:
+        parts = [part for part in module.modules() if getattr(part, "overflows_in_fp16", False)]
+        wide = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+
+    def move(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(device)
+        return tensor.to(device, torch.float32 if id(tensor) in wide else dtype)
+
+    return module._apply(move)  # type: ignore[no-untyped-call, no-any-return]  # of torch
+
+
 def choose_device(name: str | None) -> torch.device:
     """The named device, or the best there is.
 
@@ -187,8 +207,8 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    """The named dtype if the device computes it.
+def choose_dtype(name: DtypeName, device: torch.device, *, key: str = "dtype") -> torch.dtype:
+    """The named dtype if the device computes it. ``key`` is where it was set, for the message.
 
     Raises:
         MachineError: It doesn't; on some CPUs a bf16 product kills the process, so this is tried in another one.
@@ -196,5 +216,5 @@ def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name != "fp32" and (problem := probe_dtype(device.type, name)):
-        raise MachineError(f'dtype "{name}" does not work on {device.type} here: {problem}. Use --dtype fp32.')
+        raise MachineError(f'{key} "{name}" does not work on {device.type} here: {problem}. Use --{key} fp32.')
     return DTYPES[name]

@@ -68,6 +68,11 @@ class Conditioning:
         selector = list(index) if isinstance(index, Sequence) else index
         return self._map(lambda _, tensor: tensor[selector])
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors."""
+        return sum(tensor.nbytes for _, tensor in self._tensors())
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move to a device. ``dtype`` applies to the text embedding alone: sizes stay float32, where 853 is still 853."""
         overlap = device is not None and torch.device(device).type != "cpu"  # copies to the CPU are used at once

@@ -41,7 +41,9 @@ class Denoiser(Protocol):
     A constructor takes those of the keywords that it needs: ``latent_channels`` of the autoencoder, ``latent_size`` (T, H, W)
     of a video of the configured size, ``text_width`` (D; None for class labels) and ``text_length`` (L) of the text encoder.
     Optional attributes: ``condition_dropout`` (float), the share of training samples whose text or label is dropped for
-    classifier-free guidance; ``adapt_state_dict(state) -> state``, which turns a published checkpoint into this class's keys.
+    classifier-free guidance; ``adapt_state_dict(state) -> state``, which turns a published checkpoint into this class's keys;
+    ``null_prompt`` (str) with ``take_null_text(conditioning)``, for models without a learned null: it is given what the text
+    encoder makes of that prompt. A ``Spec`` with a field ``from_pretrained`` is told the source of the weights as well.
     """
 
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -61,7 +63,11 @@ class Denoiser(Protocol):
 
 
 class VideoAutoencoder(Protocol):
-    """Pixels to latents and back: an ``nn.Module`` built as ``Class(spec)``, frozen and in eval mode."""
+    """Pixels to latents and back: an ``nn.Module`` built as ``Class(spec)``, frozen and in eval mode.
+
+    Takes and gives float32, whatever dtype it was cast to. In a run in fp16, submodules with a true attribute
+    ``overflows_in_fp16`` stay float32.
+    """
 
     latent_channels: int
 
@@ -83,7 +89,11 @@ class VideoAutoencoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Prompts to the text part of a `Conditioning`: an ``nn.Module`` built as ``Class(spec)``, frozen and in eval mode."""
+    """Prompts to the text part of a `Conditioning`: an ``nn.Module`` built as ``Class(spec)``, frozen and in eval mode.
+
+    What it makes of a prompt must not depend on the others of a batch: it may be remembered. ``overflows_in_fp16`` is as for
+    a `VideoAutoencoder`. Options ``device`` and ``dtype`` are core's, for every text encoder: a ``Spec`` has none so named.
+    """
 
     width: int | None
     """D; None for class labels."""
