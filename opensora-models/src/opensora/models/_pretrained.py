@@ -13,20 +13,21 @@ from opensora.core.errors import WeightsError
 
 
 @contextmanager
-def reading(what: str, source: str, *, key: str, local_files_only: bool = False) -> Iterator[None]:
+def reading(what: str, source: str, *, key: str, local_files_only: bool = False, meta: bool = False) -> Iterator[None]:
     """Around a ``from_pretrained`` call.
 
     Args:
         what: What is being read, for the message: "T5 encoder".
         source: Folder or hub id.
         key: The config key that names the source.
+        meta: Nothing is going to be read, so that the source needn't be there.
 
     Raises:
         WeightsError: There is no such folder or hub repository, it can't be reached, or its files can't be read.
     """
     folder = Path(source).expanduser()
     is_path = source.startswith((".", "/", "~")) or source.count("/") != 1
-    if is_path and not folder.is_dir():
+    if is_path and not meta and not folder.is_dir():
         raise WeightsError(f'{what}: there is no folder "{source}". Set {key} to a folder or hub id (owner/name).')
     try:
         with warnings.catch_warnings():

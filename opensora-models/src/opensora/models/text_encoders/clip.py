@@ -68,6 +68,7 @@ class CLIPEncoder(nn.Module):
             spec.from_pretrained,
             key="text_encoder.from_pretrained",
             local_files_only=spec.local_files_only,
+            meta=meta,
         ):
             where = {"cache_dir": spec.cache_dir, "local_files_only": spec.local_files_only}
             self.tokenizer: Any = None if meta else AutoTokenizer.from_pretrained(spec.from_pretrained, **where)

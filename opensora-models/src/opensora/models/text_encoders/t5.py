@@ -84,6 +84,7 @@ class T5Encoder(nn.Module):
             spec.from_pretrained,
             key="text_encoder.from_pretrained",
             local_files_only=spec.local_files_only,
+            meta=meta,
         ):
             self.tokenizer: Any = None if meta else _read_tokenizer(spec)
             self.module: Any = _build_empty(spec) if meta else _read_encoder(spec)

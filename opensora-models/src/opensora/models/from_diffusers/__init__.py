@@ -1,0 +1,1 @@
+"""Transformers and autoencoders of the installed diffusers, as components."""
