@@ -82,8 +82,9 @@ def test_an_unknown_name_comes_with_the_nearest(install: Install) -> None:
 
 
 def test_a_name_like_no_other_comes_with_what_is_installed(install: Install) -> None:
-    install("tiny-dist", {"opensora.models": {"Tiny/2": "x:y"}}, {})
-    with pytest.raises(ComponentError, match=r'No model is named "QQQQ"\. Installed: .*Tiny/2'):
+    install("tiny-dist", {"opensora.models": {f"A/{number}": "x:y" for number in range(9)}}, {})
+    listed = ", ".join(f"A/{number}" for number in range(8))
+    with pytest.raises(ComponentError, match=rf'No model is named "QQQQ"\. Installed: {listed} and \d+ more\. All:'):
         components.find("models", "QQQQ")
 
 

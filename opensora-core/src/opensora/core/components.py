@@ -263,5 +263,7 @@ def _unknown_message(kind: str, name: str, components: Iterable[Component]) -> s
         quoted = ", ".join(f'"{one}"' + ("" if one in names else f" ({install_hint(kind, one)})") for one in near)
         message += f" Nearest: {quoted}."
     elif names:
-        message += f" Installed: {', '.join(sorted(set(names))[:8])}."
+        installed = sorted(set(names))
+        rest = f" and {len(installed) - 8} more" if len(installed) > 8 else ""
+        message += f" Installed: {', '.join(installed[:8])}{rest}."
     return f"{message} All: opensora plugins --kind {kind}"
