@@ -59,7 +59,7 @@ class Accelerator:
     # ---- running networks
 
     def prepare(self, module: nn.Module) -> Callable[..., Any]:
-        """Move a network to the device and return what calls it (the scheduler, a denoiser): its own parameters are trained."""
+        """Move a network to the device and return what the loop calls in its place: its own parameters are trained."""
         return self._autocast(module.to(self.device))
 
     def place(

@@ -1,0 +1,1 @@
+"""Training of video autoencoders, and what they make of a dataset."""
