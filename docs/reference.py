@@ -23,15 +23,20 @@ Page = list[str]
 
 INTRODUCTIONS = {
     "models": 'Denoisers: `model = dict(type="...")`. Besides their own options, all take `from_pretrained` (a file, a run '
-    "folder, a folder of shards or a hub id) and `partial` (accept missing and unexpected keys).",
-    "vaes": 'Video autoencoders: `vae = dict(type="...")`. The default is `identity`.',
-    "text_encoders": 'Text encoders: `text_encoder = dict(type="...")`. The default is `hashed-words`.',
+    "folder, a folder, a published name or a hub id), `partial` (accept missing and unexpected keys) and `grow` (the file "
+    "is of a smaller model). More: [Models](../models.md), [Weights](../weights.md).",
+    "vaes": 'Video autoencoders: `vae = dict(type="...")`; `model` in the pipelines `train-vae` and `sample-vae`. The '
+    "default is `identity`. More: [Autoencoders](../autoencoders.md).",
+    "discriminators": 'Adversaries of an autoencoder in training: `discriminator = dict(type="...")`. More: '
+    "[Autoencoders](../autoencoders.md#training-one).",
+    "text_encoders": 'Text encoders: `text_encoder = dict(type="...")`. Besides their own options, all take `device` and '
+    "`dtype`. The default is `hashed-words`. More: [Text encoders](../text-encoders.md).",
     "schedulers": 'Training objectives and samplers: `scheduler = dict(type="...")`.',
     "datasets": 'Datasets: `dataset = dict(type="...")`.',
     "accelerators": 'How a step runs on the hardware: `accelerator = dict(type="...")`. The default is '
     "`single`, and `ddp` with several processes.",
     "pipelines": "What `opensora-run` runs. Their options are the top-level keys of a config. `pipeline` chooses; without "
-    "it, a config with a `dataset` trains and any other samples.",
+    "it, a config with a `dataset` trains and any other samples, or the same for an autoencoder if `model` is one.",
     "hooks": 'What takes part in a run: `hooks = [dict(type="...")]`, or as a default of the pipeline.',
 }
 
@@ -92,7 +97,8 @@ def preset_base(kind: str, loaded: Any) -> tuple[str, Any] | None:
     """Name and class of the registered component that ``loaded`` only gives other defaults."""
     for one in components.available(kind):
         other = components.load(kind, one.name)
-        if inspect.isclass(loaded) and loaded.__bases__ == (other,) and issubclass(loaded.Spec, other.Spec):
+        is_preset = inspect.isclass(loaded) and loaded.__bases__ == (other,) and loaded.__doc__ == other.__doc__
+        if is_preset:  # a subclass of its own has words of its own
             return one.name, other
     return None
 

@@ -31,7 +31,14 @@ from runs import environment
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 EXAMPLE = DOCS / "example-plugin"
-RUN_PAGES = ["README.md", "docs/tutorial.md", "docs/plugins.md", "docs/configuration.md", "docs/runs.md"]
+RUN_PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("tutorial", "plugins", "configuration", "runs")),
+    *(
+        f"docs/{name}.md"
+        for name in ("models", "weights", "autoencoders", "text-encoders", "data", "open-sora-configs")
+    ),
+]
 ALL_PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted(DOCS.glob("*.md")),

@@ -29,7 +29,7 @@ from opensora.models._layers.conditions import required
 from opensora.models._layers.embedders import CaptionEmbedder, LabelEmbedder, NumberEmbedder
 from opensora.models._layers.feed_forward import FeedForward
 from opensora.models._layers.final_layers import FinalLayer
-from opensora.models._layers.modulation import add_gated, layer_norm, modulate
+from opensora.models._layers.modulation import add_gated, modulated_norm
 from opensora.models._layers.patches import PatchEmbed3D, token_grid, unpatchify
 from opensora.models._layers.positions import spatial_table, temporal_table
 from opensora.models._layers.sizes import check_size, whole_patches
@@ -114,8 +114,8 @@ class DiTBlock(nn.Module):
         """``x`` [B, N, D], ``c`` [B, D] -> like ``x``."""
         modulation = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # [B, 1, D] each
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = add_gated(x, gate_attn, self.attn(modulate(layer_norm(x), shift_attn, scale_attn)))
-        return add_gated(x, gate_mlp, self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp)))
+        x = add_gated(x, gate_attn, self.attn(modulated_norm(x, shift_attn, scale_attn)))
+        return add_gated(x, gate_mlp, self.mlp(modulated_norm(x, shift_mlp, scale_mlp)))
 
 
 class DiT(nn.Module):

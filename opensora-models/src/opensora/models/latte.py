@@ -17,7 +17,7 @@ from opensora.core.components import preset
 from opensora.core.conditioning import Conditioning
 from opensora.core.interop import Interop
 from opensora.models import _interop
-from opensora.models._layers.modulation import add_gated, layer_norm, modulate
+from opensora.models._layers.modulation import add_gated, modulated_norm
 from opensora.models._layers.patches import unpatchify
 from opensora.models.dit import DiT, DiTBlock, DiTSpec
 
@@ -36,11 +36,11 @@ class LatteBlock(DiTBlock):
         modulation = self.adaLN_modulation(c)[:, None, None].chunk(6, dim=-1)  # [B, 1, 1, D] each
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
-        y = modulate(layer_norm(x), shift_attn, scale_attn)
+        y = modulated_norm(x, shift_attn, scale_attn)
         y = self.attn(y.transpose(1, 2)).transpose(1, 2) if self.temporal else self.attn(y)
         x = add_gated(x, gate_attn, y)
 
-        return add_gated(x, gate_mlp, self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp)))
+        return add_gated(x, gate_mlp, self.mlp(modulated_norm(x, shift_mlp, scale_mlp)))
 
 
 class Latte(DiT):

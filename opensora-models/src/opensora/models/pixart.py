@@ -30,7 +30,7 @@ from opensora.models._layers.conditions import required
 from opensora.models._layers.embedders import CaptionEmbedder, NumberEmbedder
 from opensora.models._layers.feed_forward import FeedForward
 from opensora.models._layers.final_layers import TableFinalLayer
-from opensora.models._layers.modulation import DropPath, FrameChoice, add_gated, layer_norm, modulate
+from opensora.models._layers.modulation import DropPath, FrameChoice, add_gated, modulated_norm
 from opensora.models._layers.patches import PatchEmbed3D, token_grid, unpatchify
 from opensora.models._layers.positions import spatial_table, temporal_table
 from opensora.models._layers.remembered import remembered
@@ -121,13 +121,9 @@ class PixArtBlock(nn.Module):
         modulation = (self.scale_shift_table.flatten() + t).chunk(6, dim=-1)  # [B, 1, D] each
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
-        y = self.attend(modulate(layer_norm(x), shift_attn, scale_attn), grid)
-        x = add_gated(x, self.drop_path(gate_attn), y)
-
+        x = add_gated(x, self.drop_path(gate_attn), self.attend(modulated_norm(x, shift_attn, scale_attn), grid))
         x = x + self.cross_attn(x, text, text_mask)
-
-        y = self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
-        return add_gated(x, self.drop_path(gate_mlp), y)
+        return add_gated(x, self.drop_path(gate_mlp), self.mlp(modulated_norm(x, shift_mlp, scale_mlp)))
 
     def attend(self, x: Tensor, grid: Size) -> Tensor:
         """[B, N, D] -> the same."""

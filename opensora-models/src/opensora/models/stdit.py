@@ -28,7 +28,7 @@ from opensora.models._layers.conditions import required
 from opensora.models._layers.embedders import CaptionEmbedder, NumberEmbedder
 from opensora.models._layers.feed_forward import FeedForward
 from opensora.models._layers.final_layers import TableFinalLayer
-from opensora.models._layers.modulation import DropPath, FrameChoice, add_gated, layer_norm, modulate
+from opensora.models._layers.modulation import DropPath, FrameChoice, add_gated, modulated_norm
 from opensora.models._layers.patches import PatchEmbed3D, token_grid, unpatchify
 from opensora.models._layers.positions import spatial_table, temporal_table
 from opensora.models._layers.remembered import remembered
@@ -109,7 +109,7 @@ class STDiTBlock(nn.Module):
         modulation = (self.scale_shift_table.flatten() + t).chunk(6, dim=-1)  # [B, T or 1, 1, D] each
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
-        y = self.attn(modulate(layer_norm(x), shift_attn, scale_attn))
+        y = self.attn(modulated_norm(x, shift_attn, scale_attn))
         x = add_gated(x, self.drop_path(gate_attn), y)
 
         y = x if positions is None else x + positions  # neither normed nor modulated
@@ -118,7 +118,7 @@ class STDiTBlock(nn.Module):
 
         x = x + self.cross_attn(x, text, text_mask)
 
-        y = self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
+        y = self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
         return add_gated(x, self.drop_path(gate_mlp), y)
 
 

@@ -27,7 +27,7 @@ from opensora.models._layers.conditions import required
 from opensora.models._layers.embedders import CaptionEmbedder, NumberEmbedder
 from opensora.models._layers.feed_forward import FeedForward
 from opensora.models._layers.final_layers import TableFinalLayer
-from opensora.models._layers.modulation import DropPath, FrameChoice, add_gated, layer_norm, modulate
+from opensora.models._layers.modulation import DropPath, FrameChoice, add_gated, modulated_norm
 from opensora.models._layers.patches import PatchEmbed3D, token_grid, unpatchify
 from opensora.models._layers.positions import RotaryEmbedding, grid_coordinates, sincos_2d
 from opensora.models._layers.remembered import remembered
@@ -114,16 +114,16 @@ class STDiT2Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         shift_temp, scale_temp, gate_temp = (self.scale_shift_table_temporal.flatten() + t_temporal).chunk(3, dim=-1)
 
-        y = self.attn(modulate(layer_norm(x), shift_attn, scale_attn))
+        y = self.attn(modulated_norm(x, shift_attn, scale_attn))
         x = add_gated(x, self.drop_path(gate_attn), y)
 
-        y = modulate(layer_norm(x), shift_temp, scale_temp)
+        y = modulated_norm(x, shift_temp, scale_temp)
         y = self.attn_temp(y.transpose(1, 2), rotations).transpose(1, 2)
         x = add_gated(x, self.drop_path(gate_temp), y)
 
         x = x + self.cross_attn(x, text, text_mask)
 
-        y = self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
+        y = self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
         return add_gated(x, self.drop_path(gate_mlp), y)
 
 

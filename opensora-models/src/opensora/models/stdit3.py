@@ -27,7 +27,7 @@ from opensora.models._layers.conditions import required
 from opensora.models._layers.embedders import CaptionEmbedder, NumberEmbedder, replace_dropped
 from opensora.models._layers.feed_forward import FeedForward
 from opensora.models._layers.final_layers import TableFinalLayer
-from opensora.models._layers.modulation import DropPath, FrameChoice, add_gated, layer_norm, modulate
+from opensora.models._layers.modulation import DropPath, FrameChoice, add_gated, modulated_norm
 from opensora.models._layers.patches import PatchEmbed3D, token_grid, unpatchify
 from opensora.models._layers.positions import RotaryEmbedding, grid_coordinates, sincos_2d
 from opensora.models._layers.remembered import remembered
@@ -96,13 +96,13 @@ class STDiT3Block(nn.Module):
         modulation = (self.scale_shift_table.flatten() + t).chunk(6, dim=-1)  # [B, T or 1, 1, D] each
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
-        y = modulate(layer_norm(x), shift_attn, scale_attn)
+        y = modulated_norm(x, shift_attn, scale_attn)
         y = self.attn(y.transpose(1, 2), rotations).transpose(1, 2) if self.temporal else self.attn(y)
         x = add_gated(x, self.drop_path(gate_attn), y)
 
         x = x + self.cross_attn(x, text, text_mask)
 
-        y = self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
+        y = self.mlp(modulated_norm(x, shift_mlp, scale_mlp))
         return add_gated(x, self.drop_path(gate_mlp), y)
 
 

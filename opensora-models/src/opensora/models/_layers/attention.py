@@ -100,7 +100,7 @@ def attended_text(text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tenso
         return text, mask
     length = int(mask.flatten(1).any(dim=0).nonzero()[-1]) + 1 if len(mask) else text.shape[1]
     mask = mask[..., :length]
-    return text[:, :length], None if mask.all() else mask
+    return text[:, :length].contiguous(), None if mask.all() else mask  # a view would keep the padding in memory
 
 
 def _is_readable(mask: Tensor) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opensora.models._layers.linear import Linear
+from opensora.models._layers.linear import Linear, gelu_of
 
 
 class FeedForward(nn.Module):
@@ -19,7 +17,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., out]."""
-        hidden = self.fc1(x)
-        if torch.is_grad_enabled():
-            return self.fc2(F.gelu(hidden, approximate="tanh"))
-        return self.fc2(torch.ops.aten.gelu_(hidden, approximate="tanh"))  # in place: this is where memory peaks
+        return self.fc2(gelu_of(self.fc1, x))

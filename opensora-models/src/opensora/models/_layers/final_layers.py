@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opensora.models._layers.modulation import FrameChoice, layer_norm, modulate
+from opensora.models._layers.modulation import FrameChoice, modulated_norm
 
 
 class FinalLayer(nn.Module):
@@ -22,7 +22,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """``x`` [B, N, D], ``c`` [B, D] -> [B, N, O]."""
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(modulated_norm(x, shift, scale))
 
 
 class TableFinalLayer(nn.Module):
@@ -43,4 +43,4 @@ class TableFinalLayer(nn.Module):
 
     def _modulate(self, x: Tensor, t: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + t[:, None, None, None]).unbind(dim=-2)  # [B, 1, 1, D] each
-        return modulate(layer_norm(x), shift, scale)
+        return modulated_norm(x, shift, scale)

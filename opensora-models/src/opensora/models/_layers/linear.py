@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.models._layers.eager import runs_plainly
+
 SMALLEST = 2**17
 """Weights below this are left to `F.linear`, whose call costs less."""
 
@@ -23,8 +25,21 @@ class Linear(nn.Linear):
         if not _suits_onednn(x, self.weight):
             return F.linear(x, self.weight, self.bias)
         if torch.is_grad_enabled():
-            return _OneDNN.apply(x, self.weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
+            return _OneDNN.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return _product(x, self.weight, self.bias)
+
+
+def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """GELU (tanh approximation) of ``layer(x)``, without a second copy of it in memory when gradients are off."""
+    if torch.is_grad_enabled():
+        return F.gelu(layer(x), approximate="tanh")
+    if (
+        type(layer) is Linear
+        and _suits_onednn(x, layer.weight)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    ):
+        return _product(x, layer.weight, layer.bias, "gelu", "tanh")
+    return torch.ops.aten.gelu_(layer(x), approximate="tanh")
 
 
 class _OneDNN(torch.autograd.Function):
@@ -35,11 +50,11 @@ class _OneDNN(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG004
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
@@ -51,28 +66,24 @@ class _OneDNN(torch.autograd.Function):
         )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none", variant: str = "") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], variant)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Plain float32 tensors in memory, not traced, wrapped or cast by anyone, on a CPU where it was found to pay."""
     return (
         _IS_FASTER
-        and not torch.compiler.is_compiling()
         and x.dtype is weight.dtype is torch.float32
         and weight.numel() >= SMALLEST
-        and x.device.type == weight.device.type == "cpu"
-        and type(x) is Tensor
-        and type(weight) in (nn.Parameter, Tensor)
+        and x.is_cpu
+        and weight.is_cpu
         and x.dim() > 1
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
+        and runs_plainly(x, weight)
     )
 
 
 _IS_FASTER = (
-    torch.backends.mkldnn.is_available()
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )

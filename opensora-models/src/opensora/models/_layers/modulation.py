@@ -7,20 +7,50 @@ Shapes: B batch, T frames (1 where all frames share a vector), S tokens a frame,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora.models._layers.eager import runs_plainly
 
-def layer_norm(x: Tensor) -> Tensor:
-    """Layer norm over the last axis without learned weights."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+EPSILON = 1e-6
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x * (1 + scale) + shift`` in one pass over ``x``."""
-    return torch.addcmul(shift, x, 1 + scale)
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``norm(x) * (1 + scale) + shift``, where norm is the layer norm over the last axis without learned weights."""
+    if torch.is_grad_enabled() and runs_plainly(x, shift, scale) and x.dtype is shift.dtype is scale.dtype:
+        return _ModulatedNorm.apply(x, shift, scale)[0]  # type: ignore[no-untyped-call]
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPSILON), 1 + scale)
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    """Computes the norm again on the way back. To keep it would take a tenth of all memory for activations."""
+
+    @staticmethod
+    def forward(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normed, mean, inverse_deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, EPSILON)
+        return torch.addcmul(shift, normed, 1 + scale, out=normed), mean, inverse_deviation
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, shift, scale = inputs
+        _, *statistics = output
+        ctx.mark_non_differentiable(*statistics)
+        ctx.save_for_backward(x, scale, *statistics)
+        ctx.shift_shape = shift.shape
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale, mean, inverse_deviation = ctx.saved_tensors
+        products = (x - mean).mul_(inverse_deviation).mul_(grad)
+        for_norm = torch.mul(grad, 1 + scale)
+        for_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            for_norm, x, x.shape[-1:], mean, inverse_deviation, None, None, [True, False, False]
+        )
+        return for_x, grad.sum_to_size(ctx.shift_shape), products.sum_to_size(scale.shape)
 
 
 def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ Method = Callable[[Module, Argument], Result]
 def remembered(*weights: str) -> Callable[[Method[Module, Argument, Result]], Method[Module, Argument, Result]]:
     """Let a method of one argument, a tensor or `Conditioning`, give its last result again for the same object.
 
-    That is done only while gradients are off and nothing is traced, and only if the weights are as they were: a training step,
-    loading or exchanging weights, moving or casting them make it compute anew. One result a module is kept, outside the
-    module, so that it is never saved or copied, and is freed with the argument.
+    That is done only while gradients are off and nothing is traced, and only if the weights are as they were: a training
+    step, loading or exchanging weights, moving or casting them make it compute anew. One result a module is kept, outside
+    the module, so that it is never saved or copied, and is freed with the argument.
 
     Args:
         weights: Names of the layers that the result depends on. They must be plain ones: where something is put around them,
@@ -43,7 +43,7 @@ def remembered(*weights: str) -> Callable[[Method[Module, Argument, Result]], Me
             state = _state(self, weights, argument)
             last = kept.get(self)
             if last is not None and last.argument() is argument and state is not None and last.state == state:
-                return last.result  # type: ignore[no-any-return]
+                return last.result
             result = method(self, argument)
             if state is not None:
                 kept[self] = _Kept(argument=_reference(argument, kept, self), state=state, result=result)

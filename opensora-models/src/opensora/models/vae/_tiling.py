@@ -47,16 +47,18 @@ def norm_act_conv(
         conv: Of kernel 1 or 3 and stride 1 in height and width, padded to keep the size.
         tile: Side of a tile.
         frames_before: Zeros that are put before the first frame.
+        skip: Without gradients and shortcut, the sum takes its place: nobody needs the input of a residual block any more.
         shortcut: Pointwise. None: nothing but the sum.
     """
     scale, shift = _affine(x, norm)
+    is_free = isinstance(shortcut, nn.Identity | None) and not torch.is_grad_enabled()
 
     def function(tile: Tile) -> Tensor:
         h = activation(torch.addcmul(shift, x[..., *tile.seen].to(scale.dtype), scale).to(x.dtype))
         y = _conv(F.pad(h, (*tile.zeros, *([frames_before, 0] if x.ndim == 5 else []))), conv)
         return y if skip is None else y + (shortcut or nn.Identity())(skip[..., *tile.own])
 
-    return _assemble(function, x, tile, margin=conv.kernel_size[-1] // 2)
+    return _assemble(function, x, tile, margin=conv.kernel_size[-1] // 2, into=skip if is_free else None)
 
 
 def double_size_conv(x: Tensor, conv: nn.Conv2d, *, tile: int) -> Tensor:
@@ -69,10 +71,18 @@ def double_size_conv(x: Tensor, conv: nn.Conv2d, *, tile: int) -> Tensor:
     return _assemble(function, x, tile, margin=1, enlarge=2)
 
 
-def _assemble(function: Callable[[Tile], Tensor], x: Tensor, tile: int, *, margin: int, enlarge: int = 1) -> Tensor:
-    """The results for all tiles of ``x`` in their places."""
+def _assemble(
+    function: Callable[[Tile], Tensor],
+    x: Tensor,
+    tile: int,
+    *,
+    margin: int,
+    enlarge: int = 1,
+    into: Tensor | None = None,
+) -> Tensor:
+    """The results for all tiles of ``x`` in their places; in those of ``into``, if that is given."""
     height, width = x.shape[-2:]
-    whole = torch.empty(0)
+    whole = torch.empty(0) if into is None else into
     for each in _tiles(height, width, tile, margin):
         part = function(each)
         if not whole.numel():
@@ -110,9 +120,7 @@ def _conv(x: Tensor, conv: Conv) -> Tensor:
 def _affine(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """Float32 scale and shift, each [B, C, (1,) 1, 1], that normalise the whole of ``x``."""
     batch, channels = x.shape[:2]
-    groups = x.reshape(batch * norm.num_groups, -1).split(
-        max(1, batch * norm.num_groups // 8)
-    )  # float32 copies in turn
+    groups = x.reshape(batch * norm.num_groups, -1).chunk(8)  # so that float32 copies are made in turn
     moments = [torch.var_mean(group.float(), dim=1, correction=0) for group in groups]
     var, mean = (torch.cat(each).view(batch, norm.num_groups, 1) for each in zip(*moments, strict=True))
     weight, bias = (each.float().view(1, norm.num_groups, -1) for each in (norm.weight, norm.bias))
