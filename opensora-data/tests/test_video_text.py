@@ -194,3 +194,16 @@ def test_the_same_files_fail_in_every_epoch(bad_folder):
 def test_wrong_options_are_refused(options, says):
     with pytest.raises(ConfigError, match=says):
         structure(VideoTextSpec, {"data_path": "clips.csv", **options})
+
+
+def test_captions_can_be_left_out_where_no_one_needs_them(folder):
+    (folder / "paths.csv").write_text("path\nlong.mp4\n")
+    spec = VideoTextSpec(data_path=str(folder / "paths.csv"), num_frames=4, image_size=(16, 16))
+    assert VideoTextDataset(spec, needs_text=False)[key(0)].text == ""
+    with pytest.raises(DataError, match="text"):
+        VideoTextDataset(spec)
+
+
+def test_a_table_must_be_given():
+    with pytest.raises(DataError, match=r"dataset\.data_path is not set\. Give --data-path table\.csv"):
+        VideoTextDataset(VideoTextSpec())

@@ -153,3 +153,8 @@ def test_shapes_without_weights(folder, golden_json):
     assert {key: list(value.shape) for key, value in published.state_dict().items()} == table["keys"]
     assert published.latent_size((17, 240, 426)) == (17, 30, 53)
     assert all(parameter.is_meta for parameter in published.parameters())
+
+
+def test_a_folder_in_the_home_folder_is_found(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert build(f"~/{folder.name}").latent_channels == build(folder).latent_channels

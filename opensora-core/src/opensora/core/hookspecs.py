@@ -18,9 +18,9 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from opensora.core.pipelines.loop import LoopRun, Update
     from opensora.core.pipelines.sample_loop import SampleRun, SavedSample
     from opensora.core.pipelines.sample_spec import SampleSpec
-    from opensora.core.pipelines.train_loop import TrainRun, Update
     from opensora.core.pipelines.train_spec import TrainSpec
     from opensora.core.protocols import Denoiser, SampleState
 
@@ -47,33 +47,33 @@ class HookSpecs:
     # ---- training
 
     @hookspec
-    def train_start(self, run: TrainRun) -> None:
+    def train_start(self, run: LoopRun) -> None:
         """Everything is built and, when resuming, restored; no step has been made."""
 
     @hookspec
-    def step_end(self, run: TrainRun, update: Update) -> None:
+    def step_end(self, run: LoopRun, update: Update) -> None:
         """After each optimizer step. Must not wait for the device; for numbers use `log`."""
 
     @hookspec
-    def log(self, run: TrainRun, record: Mapping[str, float]) -> None:
+    def log(self, run: LoopRun, record: Mapping[str, float]) -> None:
         """Every ``log_every`` steps: step, loss, avg_loss (mean since the last), lr, grad_norm, epoch, samples, left_out,
-        steps_per_second.
+        steps_per_second, and what the pipeline notes besides (train-vae: its losses one by one).
         """
 
     @hookspec
-    def save_tensors(self, run: TrainRun) -> Mapping[str, Mapping[str, Tensor]] | None:
+    def save_tensors(self, run: LoopRun) -> Mapping[str, Mapping[str, Tensor]] | None:
         """A checkpoint is being written: return further tensor files for it, {file stem: {key: tensor}}."""
 
     @hookspec
-    def restore_tensors(self, run: TrainRun, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def restore_tensors(self, run: LoopRun, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """A run resumes: take back what `save_tensors` returned."""
 
     @hookspec
-    def checkpoint_saved(self, run: TrainRun, path: Path) -> None:
+    def checkpoint_saved(self, run: LoopRun, path: Path) -> None:
         """A checkpoint is whole on disk."""
 
     @hookspec
-    def train_end(self, run: TrainRun) -> None:
+    def train_end(self, run: LoopRun) -> None:
         """Training ended, was stopped or failed; called always once `train_start` was."""
 
     # ---- sampling

@@ -126,7 +126,9 @@ def load_state(
     if grow:
         state, report = _grow(state, own, report)
     if report.misshapen or not report.loaded or not (partial or report.is_complete):
-        hint = "" if report.misshapen or not report.loaded else " If that is meant, set model.partial=True."
+        hint = (
+            "" if report.misshapen or not report.loaded else " To load what fits all the same, set model.partial=True."
+        )
         why = (interop.diagnose and interop.diagnose(module, published)) or "Is it another model's file?"
         raise WeightsError(f"These weights don't fit {type(module).__name__}:\n{report}\n{why}{hint}")
     module.load_state_dict(state, strict=False, assign=assign)
@@ -172,17 +174,17 @@ def _compare(
 ) -> LoadReport:
     new = [key for key in own if new_parts and re.search(new_parts, key)]
     started = [] if any(key in state for key in new) else new
+    loaded = [
+        key
+        for key, tensor in state.items()
+        if key in own
+        and own[key].shape == tensor.shape
+        and own[key].data_ptr() != tensor.data_ptr()  # not its own tables
+    ]
     return LoadReport(
         source=source,
-        loaded=sum(
-            key in own
-            and own[key].shape == tensor.shape
-            and own[key].data_ptr() != tensor.data_ptr()  # not its own tables
-            for key, tensor in state.items()
-        ),
-        adapted=[
-            key for key in state if key in own and (key not in published or published[key].shape != state[key].shape)
-        ],
+        loaded=len(loaded),
+        adapted=[key for key in loaded if key not in published or published[key].shape != state[key].shape],
         started=started,
         missing=[key for key in own if key not in state and key not in started],
         unexpected=[key for key in state if key not in own],

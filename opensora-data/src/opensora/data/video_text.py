@@ -51,8 +51,12 @@ class VideoTextDataset:
 
     Spec = VideoTextSpec
 
-    def __init__(self, spec: VideoTextSpec) -> None:
+    def __init__(self, spec: VideoTextSpec, *, needs_text: bool = True) -> None:
         """Read the table, but none of its files.
+
+        Args:
+            spec: Options.
+            needs_text: Whether the table must have captions; without, clips have an empty text.
 
         Raises:
             DataError: The table can't be used, or none is given.
@@ -61,8 +65,9 @@ class VideoTextDataset:
         if spec.data_path is None:
             raise DataError("dataset.data_path is not set. Give --data-path table.csv, with columns path and text.")
         self.folder = Path(spec.data_path).parent
-        table = read_table(spec.data_path, ["path", "text"])
-        self._paths, self._texts = StringColumn(table["path"]), StringColumn(table["text"])
+        table = read_table(spec.data_path, ["path", "text"] if needs_text else ["path"])
+        self._paths = StringColumn(table["path"])
+        self._texts = StringColumn(table["text"]) if needs_text else None
         self._kept: dict[int, tuple[torch.Tensor, float, Path]] = {}
 
     @property
@@ -91,7 +96,8 @@ class VideoTextDataset:
         raise DataError(f"{path} is neither a video nor an image by its extension.")
 
     def _clip(self, key: SampleKey, video: torch.Tensor, fps: float, path: Path) -> Clip:
-        return Clip(video=video, text=self._texts[key.index], fps=fps, key=key, path=str(path))
+        text = self._texts[key.index] if self._texts else ""
+        return Clip(video=video, text=text, fps=fps, key=key, path=str(path))
 
     def _read_video(self, path: Path, key: SampleKey) -> tuple[torch.Tensor, float]:
         transform = partial(transform_video, self.spec.transform_name)

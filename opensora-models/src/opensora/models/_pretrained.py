@@ -12,6 +12,11 @@ from safetensors import SafetensorError
 from opensora.core.errors import WeightsError
 
 
+def expand_home(source: str) -> str:
+    """``~/weights`` as a whole path; a hub id as it is."""
+    return str(Path(source).expanduser()) if source.startswith("~") else source
+
+
 @contextmanager
 def reading(what: str, source: str, *, key: str, local_files_only: bool = False, meta: bool = False) -> Iterator[None]:
     """Around a ``from_pretrained`` call.
@@ -37,7 +42,7 @@ def reading(what: str, source: str, *, key: str, local_files_only: bool = False,
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if folder.is_dir():
-            advice = f"Check that the folder is whole, and that it holds a {what}."
+            advice = f"Check that the folder is whole; it should hold the {what}."
         elif local_files_only:
             advice = f"It isn't in the local cache: set local_files_only = False to download it, or {key} to a folder."
         else:

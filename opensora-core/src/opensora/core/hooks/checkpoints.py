@@ -13,7 +13,7 @@ from opensora.core.checkpoints import prune_checkpoints
 from opensora.core.hookspecs import hook
 
 if TYPE_CHECKING:
-    from opensora.core.pipelines.train_loop import TrainRun, Update
+    from opensora.core.pipelines.loop import LoopRun, Update
 
 __all__ = ["Checkpoints", "CheckpointsSpec"]
 
@@ -41,13 +41,13 @@ class Checkpoints:
         self.spec = spec
 
     @hook(trylast=True)
-    def step_end(self, run: TrainRun, update: Update) -> None:
+    def step_end(self, run: LoopRun, update: Update) -> None:
         """Save, unless this step's gradients were not finite: then the next step's turn comes at the next multiple."""
         if self.spec.every and update.step % self.spec.every == 0 and not update.is_left_out:
             run.save_checkpoint()
 
     @hook
-    def checkpoint_saved(self, run: TrainRun, path: Path) -> None:
+    def checkpoint_saved(self, run: LoopRun, path: Path) -> None:
         """Remove what is no longer wanted; the new checkpoint is whole by now."""
         log.info("Saved %s", path)
         if run.accelerator.is_main:

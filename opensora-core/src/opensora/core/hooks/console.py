@@ -14,7 +14,7 @@ from attrs.validators import ge
 from opensora.core.hookspecs import hook
 
 if TYPE_CHECKING:
-    from opensora.core.pipelines.train_loop import TrainRun
+    from opensora.core.pipelines.loop import LoopRun
 
 __all__ = ["Console", "ConsoleSpec"]
 
@@ -39,7 +39,7 @@ class Console:
         self._last = 0.0
 
     @hook
-    def log(self, run: TrainRun, record: Mapping[str, float]) -> None:
+    def log(self, run: LoopRun, record: Mapping[str, float]) -> None:
         """Log the record, if the last line is long enough ago or it is the last step's."""
         is_last = record["step"] == run.max_steps
         if not run.accelerator.is_main or (time.monotonic() - self._last < self.spec.every_s and not is_last):

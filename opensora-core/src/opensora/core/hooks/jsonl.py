@@ -12,7 +12,7 @@ from opensora.core.hookspecs import hook
 from opensora.core.run_folder import append_jsonl, read_jsonl, write_atomically
 
 if TYPE_CHECKING:
-    from opensora.core.pipelines.train_loop import TrainRun
+    from opensora.core.pipelines.loop import LoopRun
 
 __all__ = ["JsonLines", "JsonLinesSpec"]
 
@@ -31,7 +31,7 @@ class JsonLines:
         self.spec = spec
 
     @hook
-    def train_start(self, run: TrainRun) -> None:
+    def train_start(self, run: LoopRun) -> None:
         """Drop lines of steps after the checkpoint."""
         path = run.folder / "metrics.jsonl"
         if run.accelerator.is_main and path.exists():
@@ -39,7 +39,7 @@ class JsonLines:
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     @hook
-    def log(self, run: TrainRun, record: Mapping[str, float]) -> None:
+    def log(self, run: LoopRun, record: Mapping[str, float]) -> None:
         """Append the record."""
         if run.accelerator.is_main:
             append_jsonl(run.folder / "metrics.jsonl", record)

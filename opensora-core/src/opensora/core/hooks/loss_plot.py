@@ -12,7 +12,7 @@ from opensora.core.hookspecs import hook
 from opensora.core.run_folder import read_jsonl
 
 if TYPE_CHECKING:
-    from opensora.core.pipelines.train_loop import TrainRun
+    from opensora.core.pipelines.loop import LoopRun
 
 __all__ = ["LossPlot", "LossPlotSpec"]
 
@@ -33,7 +33,7 @@ class LossPlot:
         self.spec = spec
 
     @hook(trylast=True)
-    def train_end(self, run: TrainRun) -> None:
+    def train_end(self, run: LoopRun) -> None:
         """Draw all that was logged, by earlier parts of the run too."""
         records = read_jsonl(run.folder / "metrics.jsonl") if run.accelerator.is_main else []
         records = [record for record in records if math.isfinite(float(str(record["avg_loss"])))]

@@ -14,8 +14,8 @@ from rich.progress import Progress as Bar
 from opensora.core.hookspecs import hook
 
 if TYPE_CHECKING:
+    from opensora.core.pipelines.loop import LoopRun, Update
     from opensora.core.pipelines.sample_loop import SampleRun, SavedSample
-    from opensora.core.pipelines.train_loop import TrainRun, Update
     from opensora.core.protocols import SampleState
 
 __all__ = ["Progress", "ProgressSpec"]
@@ -51,27 +51,27 @@ class Progress:
         self._steps: TaskID | None = None
 
     @hook
-    def train_start(self, run: TrainRun) -> None:
+    def train_start(self, run: LoopRun) -> None:
         """Show the bar, standing where the run does."""
         if run.accelerator.is_main:
             self._bar.start()
             self._main = self._bar.add_task("train", total=run.max_steps, completed=run.counters.step, note="")
 
     @hook
-    def step_end(self, run: TrainRun, update: Update) -> None:
+    def step_end(self, run: LoopRun, update: Update) -> None:
         """Move the bar."""
         if self._main is not None:
             self._bar.update(self._main, completed=update.step)
 
     @hook
-    def log(self, run: TrainRun, record: Mapping[str, float]) -> None:
+    def log(self, run: LoopRun, record: Mapping[str, float]) -> None:
         """Show loss and rate."""
         if self._main is not None:
             note = f"loss {record['avg_loss']:.4f}, {record['steps_per_second']:.2f} steps/s"
             self._bar.update(self._main, note=note)
 
     @hook
-    def train_end(self, run: TrainRun) -> None:
+    def train_end(self, run: LoopRun) -> None:
         """Leave the bar as it is."""
         self._bar.stop()
 

@@ -14,7 +14,7 @@ from opensora.core.hookspecs import hook
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from opensora.core.pipelines.train_loop import TrainRun
+    from opensora.core.pipelines.loop import LoopRun
 
 __all__ = ["TensorBoard", "TensorBoardSpec"]
 
@@ -39,7 +39,7 @@ class TensorBoard:
         self.writer: SummaryWriter | None = None
 
     @hook
-    def train_start(self, run: TrainRun) -> None:
+    def train_start(self, run: LoopRun) -> None:
         """Open the event file; after a resume, later events of the old one are hidden."""
         if not run.accelerator.is_main:
             return
@@ -54,14 +54,14 @@ class TensorBoard:
         self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.counters.step + 1)
 
     @hook
-    def log(self, run: TrainRun, record: Mapping[str, float]) -> None:
+    def log(self, run: LoopRun, record: Mapping[str, float]) -> None:
         """Write the record's numbers."""
         if self.writer:
             for name, value in record.items():
                 self.writer.add_scalar(name, value, int(record["step"]))
 
     @hook
-    def train_end(self, run: TrainRun) -> None:
+    def train_end(self, run: LoopRun) -> None:
         """Close the file."""
         if self.writer:
             self.writer.close()

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
-from opensora.models._pretrained import reading
+from opensora.models._pretrained import expand_home, reading
 from opensora.models.text_encoders._reading import read_frozen
 
 __all__ = ["CLIPEncoder", "CLIPEncoderSpec"]
@@ -34,7 +34,7 @@ VIT_BASE: dict[str, Any] = {
 class CLIPEncoderSpec:
     """Options of `CLIPEncoder`."""
 
-    from_pretrained: str = "openai/clip-vit-base-patch32"
+    from_pretrained: str = field(default="openai/clip-vit-base-patch32", converter=expand_home)
     """Folder or hub id with encoder and tokenizer; a whole CLIP or its text half."""
     model_max_length: int = field(default=77, validator=gt(0))
     """Tokens a prompt is cut or padded to; at most those that the encoder has positions for, which is 77 in all published."""

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, T5Config, T5EncoderM
 
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import MachineError
-from opensora.models._pretrained import reading
+from opensora.models._pretrained import expand_home, reading
 from opensora.models.text_encoders._reading import read_frozen
 from opensora.models.text_encoders.cleaning import prepare_prompt
 
@@ -39,7 +39,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {"t5": (T5Config, T5EncoderModel), "umt5":
 class T5EncoderSpec:
     """Options of `T5Encoder`."""
 
-    from_pretrained: str
+    from_pretrained: str = field(converter=expand_home)
     """Folder or hub id with encoder and tokenizer: "DeepFloyd/t5-v1_1-xxl" for the published models. Any size, of T5, T5 v1.1
     (Flan-T5 too) or UMT5."""
     model_max_length: int = field(default=120, validator=gt(0))

@@ -24,7 +24,7 @@ from opensora.core.errors import ShapeError
 from opensora.core.interop import Interop
 from opensora.core.protocols import Size
 from opensora.core.randomness import Draws
-from opensora.models._pretrained import reading
+from opensora.models._pretrained import expand_home, reading
 from opensora.models.vae._interop import IMAGE_VAE, own_keys
 from opensora.models.vae._streaming import Video, check_channels, chunks, join
 from opensora.models.vae._tiling import double_size_conv, norm_act_conv
@@ -49,7 +49,7 @@ STABLE_DIFFUSION = {
 class VideoAutoencoderKLSpec:
     """Options of `VideoAutoencoderKL`."""
 
-    from_pretrained: str
+    from_pretrained: str = field(converter=expand_home)
     """Folder or hub id of a diffusers AutoencoderKL, such as "stabilityai/sd-vae-ft-ema"."""
     micro_batch_size: int | None = field(default=None, validator=optional(gt(0)))
     """Frames that go through the network at a time. Fewer take less memory, for the same result. None: all (streams: one)."""

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from einops import rearrange
 from torch import Tensor
 
+from opensora.models._pretrained import expand_home
 from opensora.models.vae._streaming import join
 from opensora.models.vae.image_vae import SCALE, STABLE_DIFFUSION, VideoAutoencoderKL, VideoAutoencoderKLSpec
 
@@ -24,7 +25,7 @@ __all__ = ["VideoAutoencoderKLTemporalDecoder", "VideoAutoencoderKLTemporalDecod
 class VideoAutoencoderKLTemporalDecoderSpec(VideoAutoencoderKLSpec):
     """Options of `VideoAutoencoderKLTemporalDecoder`."""
 
-    from_pretrained: str
+    from_pretrained: str = field(converter=expand_home)
     """Folder or hub id of a diffusers AutoencoderKLTemporalDecoder."""
     micro_frame_size: int | None = field(default=None, validator=optional(gt(0)))
     """Frames that are decoded together. Fewer take less memory but see fewer neighbours: another result. None: all."""

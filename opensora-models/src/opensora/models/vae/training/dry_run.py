@@ -14,6 +14,7 @@ from opensora.core.pipelines.dry_run import declared_size, measure
 from opensora.core.pipelines.train import clip_size, count_steps
 from opensora.core.protocols import Dataset, Size
 from opensora.core.randomness import SampleDraws, SampleKey
+from opensora.models.vae.lpips import LPIPS
 from opensora.models.vae.training.specs import SampleVAESpec, TrainVAESpec
 from opensora.models.vae.training.train import build_discriminator, build_learner
 
@@ -27,7 +28,9 @@ def describe_training(spec: TrainVAESpec) -> str:
     dataset, size, lines = _describe_data(spec)
     if size is None:
         return "\n".join([*lines, "The size of the clips is not known, so nothing more can be said."])
-    learner = build_learner(spec, meta=True)
+    with on_meta(True):
+        lpips = LPIPS() if spec.needs_lpips else None
+    learner = build_learner(spec, lpips=lpips, meta=True)
     discriminator = build_discriminator(spec, size, meta=True)
     lines += _describe_model(spec, learner.vae, size)
     trained = sum(each.numel() for each in learner.parameters() if each.requires_grad)
@@ -56,7 +59,7 @@ def describe_training(spec: TrainVAESpec) -> str:
     }
     listed = ", ".join(f"{name} {amount / _GIB:.2f}" for name, amount in memory.items())
     lines.append(
-        f"memory       about {sum(memory.values()) / _GIB:.2f} GiB a process ({listed}), without LPIPS "
+        f"memory       about {sum(memory.values()) / _GIB:.2f} GiB a process ({listed}), without LPIPS's weights "
         "and the discriminator's activations"
     )
     lines.append(f"compute      {flops / 1e12:.3f} TFLOP a micro-batch of {spec.batch_size}, forward and backward")
@@ -77,7 +80,7 @@ def describe_reconstruction(spec: SampleVAESpec) -> str:
 def _describe_data(spec: TrainVAESpec | SampleVAESpec) -> tuple[Dataset | None, Size | None, list[str]]:
     """The dataset, the size of its clips as far as it is known, and a line about both."""
     try:
-        dataset: Dataset = build("datasets", spec.dataset)
+        dataset: Dataset = build("datasets", spec.dataset, needs_text=False)
     except DataError as error:
         return None, declared_size(spec.dataset), [f"data         {spec.dataset.type}: not readable yet: {error}"]
     return dataset, clip_size(dataset, spec.seed), [f"data         {spec.dataset.type}: {len(dataset):,} samples"]

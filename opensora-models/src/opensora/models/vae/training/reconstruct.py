@@ -173,7 +173,7 @@ def choose_folder(spec: SampleVAESpec) -> Path:
 
 def build_run(spec: SampleVAESpec, folder: Path, accelerator: Accelerator) -> ReconstructionRun:
     """Build every part of the run and place it on the device."""
-    dataset: Dataset = build("datasets", spec.dataset)
+    dataset: Dataset = build("datasets", spec.dataset, needs_text=False)
     size = clip_size(dataset, spec.seed)
     torch.manual_seed(spec.seed)  # parts without weights are random, but the same in all processes
     vae = construct(load("vaes", spec.model.type), structure_spec("vaes", spec.model))

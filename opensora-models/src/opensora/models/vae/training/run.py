@@ -158,7 +158,7 @@ class TrainVAERun(LoopRun):
             CheckpointError: There is a discriminator in this config and none in the checkpoint, or the reverse.
         """
         if ("discriminator" in checkpoint.tensors) != (self.adversary is not None):
-            has, lacks = ("this config", "the checkpoint") if self.adversary else ("the checkpoint", "this config")
+            has, lacks = ("This config", "the checkpoint") if self.adversary else ("The checkpoint", "this config")
             raise CheckpointError(
                 f"{has} has a discriminator, {lacks} has none. To go on with the same weights as a new run, "
                 "give the run folder to model.from_pretrained instead of load."

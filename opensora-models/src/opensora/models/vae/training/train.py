@@ -114,7 +114,7 @@ def build_dataset(spec: TrainVAESpec) -> Dataset:
     Raises:
         ConfigError: Its clips differ in size.
     """
-    dataset: Dataset = build("datasets", spec.dataset)
+    dataset: Dataset = build("datasets", spec.dataset, needs_text=False)
     if makes_batches(dataset):
         raise ConfigError(
             f"{spec.dataset.type} has clips of many sizes; autoencoders are trained on one: VideoTextDataset."
