@@ -31,9 +31,8 @@ def install_all(session: nox.Session, *others: str) -> None:
 def tests(session: nox.Session) -> None:
     """All tests but the slow ones. Arguments after -- go to pytest."""
     install_all(session, *TESTING)
-    session.run(
-        "pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow and not gpu", *session.posargs, env=ONE_THREAD
-    )
+    side_by_side = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # the long files, of tests/, first
+    session.run("pytest", *side_by_side, "-m", "not slow and not gpu", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
