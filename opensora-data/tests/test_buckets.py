@@ -86,8 +86,8 @@ def test_each_assigned_row_is_in_one_batch_of_its_bucket():
 
 def test_order_and_assignment_depend_on_seed_and_epoch_alone():
     buckets, rows = Buckets.from_config(SMALL), table()
-    first = list(epoch_batches(buckets, rows, seed=1, epoch=2))
-    assert first == list(epoch_batches(buckets, rows, seed=1, epoch=2))
+    first = [list(batch) for batch in epoch_batches(buckets, rows, seed=1, epoch=2)]
+    assert first == [list(batch) for batch in epoch_batches(buckets, rows, seed=1, epoch=2)]
     for seed, epoch in ((1, 3), (2, 2)):
         other = list(epoch_batches(buckets, rows, seed=seed, epoch=epoch))
         assert [[key.index for key in batch] for batch in other] != [[key.index for key in batch] for batch in first]

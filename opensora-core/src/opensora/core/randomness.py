@@ -18,7 +18,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-__all__ = ["Draws", "SampleDraws", "SampleKey", "generator_for"]
+__all__ = ["Draws", "SampleDraws", "SampleKey", "generator_for", "seed_for"]
 
 
 def generator_for(*key: object) -> torch.Generator:
@@ -26,8 +26,13 @@ def generator_for(*key: object) -> torch.Generator:
 
     torch's CPU generator takes 32 bits of a seed, so among very many keys some share their numbers.
     """
+    return torch.Generator().manual_seed(seed_for(*key))
+
+
+def seed_for(*key: object) -> int:
+    """A number of 64 bits that depends on nothing but ``key``, for other generators than torch's."""
     digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return int.from_bytes(digest, "little")
 
 
 @frozen

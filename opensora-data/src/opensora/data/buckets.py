@@ -7,7 +7,6 @@ config, the rows, the seed and the epoch.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from attrs import field, frozen
 
 from opensora.core.errors import ConfigError, did_you_mean
 from opensora.core.protocols import Size
-from opensora.core.randomness import SampleKey
+from opensora.core.randomness import SampleKey, seed_for
 from opensora.core.sizes import RESOLUTIONS, nominal_pixels
 
 __all__ = ["Bucket", "Buckets", "EpochBatches"]
@@ -149,13 +148,29 @@ class Buckets:
                     yield from self.buckets[length.first_bucket : length.first_bucket + len(resolution.aspects)]
 
 
-class EpochBatches(Sequence[list[SampleKey]]):
+@frozen(eq=False)
+class _Keys(Sequence[SampleKey]):
+    """The keys of one batch, made when they are asked for: most batches belong to other processes."""
+
+    _rows: Integers
+    _seed: int
+    _epoch: int
+    _size: Size
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> SampleKey:  # type: ignore[override]  # one by one
+        return SampleKey(self._seed, int(self._rows[index]), self._epoch, self._size)
+
+
+class EpochBatches(Sequence[Sequence[SampleKey]]):
     """The batches of one epoch in their order, each of one bucket; the last of a bucket may be smaller than the others."""
 
     def __init__(self, assigned: npt.NDArray[np.int32], buckets: Sequence[Bucket], *, seed: int, epoch: int) -> None:
         """``assigned`` is what `Buckets.assign` returns."""
         self._buckets, self._seed, self._epoch = buckets, seed, epoch
-        generator = np.random.default_rng(_hashed("order of batches", seed, epoch))
+        generator = np.random.default_rng(seed_for("order of batches", seed, epoch))
         rows = generator.permutation(np.flatnonzero(assigned != NO_BUCKET))
         self._rows = rows[np.argsort(assigned[rows], kind="stable")]  # bucket after bucket, in random order within
         counts = np.bincount(assigned[rows], minlength=len(buckets))
@@ -172,12 +187,11 @@ class EpochBatches(Sequence[list[SampleKey]]):
     def __len__(self) -> int:
         return len(self._start)
 
-    def __getitem__(self, index: int) -> list[SampleKey]:  # type: ignore[override]  # batches are taken one by one
+    def __getitem__(self, index: int) -> Sequence[SampleKey]:  # type: ignore[override]  # batches are taken one by one
         if not 0 <= index < len(self):
             raise IndexError(index)
         size = self._buckets[self._bucket_of[index]].size
-        rows = self._rows[self._start[index] : self._stop[index]]
-        return [SampleKey(self._seed, int(row), self._epoch, size) for row in rows]
+        return _Keys(self._rows[self._start[index] : self._stop[index]], self._seed, self._epoch, size)
 
     @property
     def num_samples(self) -> int:
@@ -198,16 +212,11 @@ class _Draw:
         """True with the given probability for each row."""
         if probability >= 1 or probability <= 0:
             return np.full(len(rows), probability >= 1)
-        key = _hashed(name, self.seed, self.epoch, self.resolution, self.num_frames)
+        key = seed_for(name, self.seed, self.epoch, self.resolution, self.num_frames)
         mixed = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)  # wraps around, as it should
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finalizer
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(probability * 2**64))
-
-
-def _hashed(*key: object) -> int:
-    digest = hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _nearest(aspects: npt.NDArray[np.float64], ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:

@@ -45,10 +45,8 @@ def resolve(name: str) -> Path:
     if path.is_file():
         return path
     folder, _, inner = name.removesuffix(".py").partition("/")
-    if any(one.name == folder for one in components.available("configs")):
-        shipped = _folder(components.find("configs", folder)) / f"{inner or _DEFAULT}.py"
-        if shipped.is_file() and ".." not in shipped.parts:
-            return shipped
+    if shipped := _shipped(folder, f"{inner or _DEFAULT}.py"):
+        return shipped
     if path.is_dir():
         return path  # reading it says what is wrong, and what is in it
     raise ConfigError(_unknown_message(name, folder))
@@ -59,11 +57,15 @@ def find_text(name: str) -> Path | None:
     if (path := Path(name)).is_file():
         return path
     folder, _, inner = name.partition("/")
-    if inner and any(one.name == folder for one in components.available("configs")):
-        shipped = _folder(components.find("configs", folder)) / inner
-        if shipped.is_file() and ".." not in shipped.parts:
-            return shipped
-    return None
+    return _shipped(folder, inner)
+
+
+def _shipped(folder: str, inner: str) -> Path | None:
+    """The file of that path in an installed config folder."""
+    if not any(one.name == folder for one in components.available("configs")):
+        return None
+    path = _folder(components.find("configs", folder)) / inner
+    return path if path.is_file() and ".." not in path.parts else None
 
 
 def iter_configs() -> Iterator[ShippedConfig]:
