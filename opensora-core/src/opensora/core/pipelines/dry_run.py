@@ -20,7 +20,7 @@ from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Dataset, Size
 
-__all__ = ["declared_size", "describe_sampling", "describe_training", "measure"]
+__all__ = ["declared_size", "describe_memory", "describe_sampling", "describe_training", "measure"]
 
 log = logging.getLogger(__name__)
 _GIB = 2**30
@@ -53,22 +53,42 @@ def describe_training(spec: TrainSpec) -> str:
     batch_size = largest[1] if largest else spec.batch_size
     flops, activations = _measure(parts, batch_size, size, train=True)
     trained = sum(each.numel() for each in parts.denoiser.parameters() if each.requires_grad)
-    memory = {
-        "weights": 4 * sum(each.numel() for each in parts.denoiser.parameters()),
-        "gradients": 4 * trained,
-        "AdamW": 8 * trained,
-        "EMA": 4 * trained if spec.ema_decay else 0,
-        "activations": activations,
-    }
-    listed = ", ".join(f"{name} {amount / _GIB:.2f}" for name, amount in memory.items())
+    parameters = sum(each.numel() for each in parts.denoiser.parameters())
     lines.append(
-        f"memory       about {sum(memory.values()) / _GIB:.2f} GiB a process ({listed}), without VAE and text encoder"
+        describe_memory(
+            parameters,
+            trained,
+            averaged=trained if spec.ema_decay else 0,
+            activations=activations,
+            without="VAE and text encoder",
+        )
     )
     of_bucket = " (the largest bucket)" if batches else ""
     lines.append(
         f"compute      {flops / 1e12:.3f} TFLOP a micro-batch of {batch_size}{of_bucket}, forward and backward"
     )
     return "\n".join(lines)
+
+
+def describe_memory(parameters: int, trained: int, *, averaged: int, activations: int, without: str) -> str:
+    """The line about the memory of training.
+
+    Args:
+        parameters: How many there are.
+        trained: How many of them are trained.
+        averaged: Of how many of them an average is kept.
+        activations: Bytes.
+        without: What is not counted.
+    """
+    memory = {
+        "weights": 4 * parameters,
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
+        "EMA": 4 * averaged,
+        "activations": activations,
+    }
+    listed = ", ".join(f"{name} {amount / _GIB:.2f}" for name, amount in memory.items())
+    return f"memory       about {sum(memory.values()) / _GIB:.2f} GiB a process ({listed}), without {without}"
 
 
 def _bucket_sizes(spec: TrainSpec) -> list[tuple[Size, int]]:

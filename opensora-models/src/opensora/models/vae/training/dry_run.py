@@ -10,7 +10,7 @@ from opensora.core.components import build, construct, load, structure_spec
 from opensora.core.composing import checkpoint_activations, on_meta
 from opensora.core.errors import DataError
 from opensora.core.loading import SampleOrder, Slicing
-from opensora.core.pipelines.dry_run import declared_size, measure
+from opensora.core.pipelines.dry_run import declared_size, describe_memory, measure
 from opensora.core.pipelines.train import clip_size, count_steps
 from opensora.core.protocols import Dataset, Size
 from opensora.core.randomness import SampleDraws, SampleKey
@@ -19,8 +19,6 @@ from opensora.models.vae.training.specs import SampleVAESpec, TrainVAESpec
 from opensora.models.vae.training.train import build_discriminator, build_learner
 
 __all__ = ["describe_reconstruction", "describe_training"]
-
-_GIB = 2**30
 
 
 def describe_training(spec: TrainVAESpec) -> str:
@@ -50,17 +48,14 @@ def describe_training(spec: TrainVAESpec) -> str:
     draws = SampleDraws([SampleKey(spec.seed, index) for index in range(spec.batch_size)], "meta")
     flops, activations = measure(lambda: learner(video, draws).loss, learner, train=True)
     adversary = sum(each.numel() for each in discriminator.parameters()) if discriminator else 0
-    memory = {
-        "weights": 4 * (sum(each.numel() for each in learner.vae.parameters()) + adversary),
-        "gradients": 4 * (trained + adversary),
-        "AdamW": 8 * (trained + adversary),
-        "EMA": 4 * trained if spec.ema_decay else 0,
-        "activations": activations,
-    }
-    listed = ", ".join(f"{name} {amount / _GIB:.2f}" for name, amount in memory.items())
     lines.append(
-        f"memory       about {sum(memory.values()) / _GIB:.2f} GiB a process ({listed}), without LPIPS's weights "
-        "and the discriminator's activations"
+        describe_memory(
+            sum(each.numel() for each in learner.vae.parameters()) + adversary,
+            trained + adversary,
+            averaged=trained if spec.ema_decay else 0,
+            activations=activations,
+            without="LPIPS's weights and the discriminator's activations",
+        )
     )
     lines.append(f"compute      {flops / 1e12:.3f} TFLOP a micro-batch of {spec.batch_size}, forward and backward")
     return "\n".join(lines)
