@@ -37,6 +37,10 @@ class Conditioning:
     """[B] int64, class labels."""
     dropped: Tensor | None = None
     """[B] bool, True where the denoiser replaces text or label by its learned null. The text mask stays as it is."""
+    negative_embedding: Tensor | None = None
+    """[B, L, D], of what guidance is to lead away from, in place of the learned null. None: the null."""
+    negative_mask: Tensor | None = None
+    """[B, L] bool, the mask of ``negative_embedding``."""
     frame_mask: Tensor | None = None
     """[B, T] bool over latent frames: True is being denoised, False is a given clean frame. None: all are denoised."""
     fps: Tensor | None = None
@@ -47,6 +51,8 @@ class Conditioning:
     """[B] float32, pixels before the autoencoder."""
     num_frames: Tensor | None = None
     """[B] float32, frames before the autoencoder."""
+    latent_frames: Tensor | None = None
+    """[B] float32, frames behind the autoencoder."""
     aspect_ratio: Tensor | None = None
     """[B] float32, height / width."""
     extra: Mapping[str, Tensor] = field(factory=dict)
@@ -78,7 +84,7 @@ class Conditioning:
         overlap = device is not None and torch.device(device).type != "cpu"  # copies to the CPU are used at once
 
         def move(name: str, tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if name == "text_embedding" else None, non_blocking=overlap)
+            return tensor.to(device, dtype if name in ("text_embedding", "negative_embedding") else None, non_blocking=overlap)
 
         return self._map(move)
 
@@ -86,8 +92,14 @@ class Conditioning:
         """A copy with some fields changed."""
         return attrs.evolve(self, **changes)  # type: ignore[arg-type]  # the field names are checked by evolve
 
+    def positive(self) -> Self:
+        """The same batch without what guidance leads away from: the first half of classifier-free guidance."""
+        return self.replace(negative_embedding=None, negative_mask=None)
+
     def unconditional(self) -> Self:
-        """The same batch with text or label dropped: the second half of classifier-free guidance."""
+        """The second half of classifier-free guidance: the same batch with the negative text, or with text or label dropped."""
+        if self.negative_embedding is not None:
+            return self.positive().replace(text_embedding=self.negative_embedding, text_mask=self.negative_mask)
         device = next((tensor.device for _, tensor in self._tensors()), None)
         return self.replace(dropped=torch.ones(len(self), dtype=torch.bool, device=device))
 

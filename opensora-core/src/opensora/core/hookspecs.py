@@ -18,6 +18,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from opensora.core.denoising import Denoising
     from opensora.core.pipelines.loop import LoopRun, Update
     from opensora.core.pipelines.sample_loop import SampleRun, SavedSample
     from opensora.core.pipelines.sample_spec import SampleSpec
@@ -42,7 +43,16 @@ class HookSpecs:
 
     @hookspec
     def denoiser_wrapper(self, spec: TrainSpec | SampleSpec) -> Callable[[Denoiser], Denoiser] | None:
-        """Return a function that wraps the denoiser as schedulers call it (step caches, profiling), or None."""
+        """Return a function that wraps the denoiser as schedulers call it (step caches, profiling), or None.
+
+        When sampling that is outside guidance: one row a video.
+        """
+
+    @hookspec
+    def denoising_step(self, denoising: Denoising) -> None:
+        """Before each denoising step of a batch; ``denoising.state`` is that of the step before, None at the first. Called by
+        the command, from Python, and for previews in training. Several may be under way in turns: tell them apart by identity.
+        """
 
     # ---- training
 

@@ -118,10 +118,16 @@ class SampleState:
     """[B, C, T, H, W] after the step."""
     denoised: Tensor
     """[B, C, T, H, W]: the clean latents as the denoiser foresees them at this step; for previews."""
+    memory: tuple[Tensor, ...] = ()
+    """What a multistep solver takes along to its next step, newest first; each [B, C, T, H, W]."""
 
 
 class Scheduler(Protocol):
-    """A training objective and a sampler; pure: randomness and the denoiser are arguments. Built as ``Class(spec)``."""
+    """A training objective and a sampler; pure: randomness and the denoiser are arguments. Built as ``Class(spec)``.
+
+    Optional attribute: ``adds_noise`` (bool, False if missing), whether sampling draws fresh noise at its steps, so that no
+    step follows from the ones before. Its ``Spec`` has ``num_sampling_steps`` if the number of steps can be chosen.
+    """
 
     num_timesteps: int
 
@@ -141,6 +147,13 @@ class Scheduler(Protocol):
         """
         ...
 
+    def guide(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser under the classifier-free guidance that the options ask for.
+
+        What it returns may have an attribute ``scale``, the guidance scale, that can be changed between steps.
+        """
+        ...
+
     def sample(
         self,
         denoiser: Denoiser,
@@ -149,12 +162,16 @@ class Scheduler(Protocol):
         *,
         draws: Draws,
         frame_mask: Tensor | None = None,
+        after: SampleState | None = None,
     ) -> Iterator[SampleState]:
-        """Denoise step by step, with classifier-free guidance; the last state holds the result.
+        """Denoise step by step; the last state holds the result.
 
         Args:
+            denoiser: As it is to be called at each step: guided (see `guide`), if that is wanted.
             noise: [B, C, T, H, W] standard normal; given frames hold their clean latents.
             frame_mask: [B, T] in [0, 1]: 1 is generated, 0 is kept as given, in between joins in from that share of the way.
+            after: Go on behind this state, one that an earlier call yielded, instead of beginning with ``noise``. With the
+                same arguments the states that follow are the same, bit for bit.
         """
         ...
 

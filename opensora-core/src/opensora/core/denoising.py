@@ -1,0 +1,138 @@
+"""Denoising in progress: a batch of videos on its way from noise to latents, to be watched, stopped, forked and changed.
+
+    denoising = pipeline.start("a wave")
+    for state in denoising:
+        if state.step == 10:
+            denoising.guidance_scale = 2.0
+            other = denoising.fork(seeds=[7])
+    latents = denoising.latents
+
+Shapes: B batch, C latent channels, T H W latent frames and size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Self
+
+import attrs
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from opensora.core.conditioning import Conditioning
+from opensora.core.errors import ConfigError
+from opensora.core.hooking import Hooks
+from opensora.core.protocols import Denoiser, SampleState, Scheduler
+from opensora.core.randomness import Draws, SampleDraws, SampleKey
+
+__all__ = ["Denoising"]
+
+
+@define(kw_only=True, eq=False)
+class Denoising:
+    """An iterator over the states of one batch. Each step is made when it is asked for, so leaving the loop stops it."""
+
+    scheduler: Scheduler
+    guided: Denoiser
+    """The denoiser under guidance."""
+    denoiser: Denoiser
+    """What the scheduler calls: ``guided``, inside the wrappers of hooks."""
+    noise: Tensor
+    """[B, C, T, H, W] standard normal, with the clean latents of given frames."""
+    conditioning: Conditioning
+    frame_mask: Tensor | None = None
+    """[B, T] in [0, 1]: 1 is generated, 0 kept as given. None: all are generated."""
+    seeds: Sequence[int]
+    """[B]."""
+    hooks: Hooks
+    state: SampleState | None = None
+    """Of the last step that was made; None before the first."""
+    _scale: float | None = field(default=None, alias="guidance_scale")
+    _steps: Iterator[SampleState] | None = field(default=None, init=False)
+
+    @property
+    def draws(self) -> Draws:
+        """Where the random numbers of the steps come from."""
+        return SampleDraws([SampleKey(seed, 0) for seed in self.seeds], self.noise.device)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of classifier-free guidance; it may be changed between steps.
+
+        Raises:
+            ConfigError: When changing it: the scheduler's guidance has no scale, or the new one is negative.
+        """
+        return float(getattr(self.guided, "scale", 1.0)) if self._scale is None else self._scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        check_guidance_scale(self.guided, scale)
+        self._scale = scale
+
+    @property
+    def latents(self) -> Tensor:
+        """[B, C, T, H, W] where denoising stands: after the last step, the result."""
+        return self.noise if self.state is None else self.state.latents
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> SampleState:
+        if self._steps is None:
+            self._steps = self.scheduler.sample(
+                self.denoiser,
+                self.noise,
+                self.conditioning,
+                draws=self.draws,
+                frame_mask=self.frame_mask,
+                after=self.state,
+            )
+        with torch.inference_mode(), self._scaled():
+            self.hooks.denoising_step(denoising=self)
+            self.state = next(self._steps)
+        return self.state
+
+    def finish(self) -> Tensor:
+        """Make the steps that are left, and return the latents."""
+        for _ in self:
+            pass
+        return self.latents
+
+    def fork(self, *, guidance_scale: float | None = None, seeds: Sequence[int] | None = None) -> Denoising:
+        """Another denoising that goes on from where this one stands; both go on independently of each other.
+
+        Args:
+            guidance_scale: None: as here.
+            seeds: [B], for the noise of the steps that are left, where the scheduler adds any. None: as here.
+        """
+        if guidance_scale is not None:
+            check_guidance_scale(self.guided, guidance_scale)
+        scale = self._scale if guidance_scale is None else guidance_scale
+        return attrs.evolve(self, guidance_scale=scale, seeds=self.seeds if seeds is None else seeds)
+
+    @contextmanager
+    def _scaled(self) -> Iterator[None]:
+        """Lets the guidance, which others share, have this one's scale."""
+        if self._scale is None:
+            yield
+            return
+        before = self.guided.scale  # type: ignore[attr-defined]  # check_guidance_scale has looked
+        self.guided.scale = self._scale  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            self.guided.scale = before  # type: ignore[attr-defined]
+
+
+def check_guidance_scale(guided: Denoiser, scale: float) -> None:
+    """Check that a guided denoiser can have this scale.
+
+    Raises:
+        ConfigError: It is negative, or the denoiser has none.
+    """
+    if not scale >= 0:
+        raise ConfigError(f"guidance_scale is {scale}; it must be 0 or more.")
+    if not hasattr(guided, "scale"):
+        raise ConfigError("This scheduler's guidance has no scale that could be changed.")
