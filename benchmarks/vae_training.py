@@ -24,8 +24,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from opensora.core.config.write import write_config
+from opensora.core.transforms import transform_video
 from opensora.core.video import VideoFile
-from opensora.data.transforms import transform_video
 
 SIDE, FRAMES = 32, 17
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")

@@ -15,7 +15,6 @@ MODULES = [
     "labelled_images",
     "tables",
     "temporal",
-    "transforms",
     "video_text",
 ]
 

@@ -6,7 +6,6 @@ _HOMES = {
     "labelled_images": ("ClassImages", "ClassImagesSpec"),
     "tables": ("read_table",),
     "temporal": ("sample_frames",),
-    "transforms": ("transform_image", "transform_video"),
     "video_text": ("VideoTextDataset", "VideoTextSpec"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -13,9 +13,9 @@ from attrs.validators import deep_iterable, gt, min_len
 from opensora.core.errors import DataError
 from opensora.core.protocols import IMAGE_FPS, Clip, Size
 from opensora.core.randomness import SampleKey
+from opensora.core.transforms import transform_image
 from opensora.core.video import is_image, read_image
 from opensora.data.tables import StringColumn, read_table, resolve_path
-from opensora.data.transforms import transform_image
 from opensora.data.video_text import check_transform
 
 __all__ = ["ClassImages", "ClassImagesSpec"]

@@ -13,10 +13,10 @@ from attrs.validators import gt, min_len, optional
 from opensora.core.errors import ConfigError, DataError
 from opensora.core.protocols import IMAGE_FPS, Clip, Size
 from opensora.core.randomness import SampleKey
+from opensora.core.transforms import transform_image, transform_video
 from opensora.core.video import VideoFile, is_image, is_video, read_image
 from opensora.data.buckets import Buckets, EpochBatches
 from opensora.data.tables import StringColumn, read_table, resolve_path
-from opensora.data.transforms import transform_image, transform_video
 from opensora.data.video_text import choose_frames
 
 __all__ = ["VariableVideoTextDataset", "VariableVideoTextSpec"]

@@ -13,10 +13,10 @@ from attrs.validators import deep_iterable, gt, min_len, optional
 from opensora.core.errors import DataError
 from opensora.core.protocols import IMAGE_FPS, Clip, Size
 from opensora.core.randomness import SampleKey
+from opensora.core.transforms import transform_image, transform_video
 from opensora.core.video import VideoFile, is_image, is_video, read_image, read_video
 from opensora.data.tables import StringColumn, read_table, resolve_path
 from opensora.data.temporal import last_start, sample_frames
-from opensora.data.transforms import transform_image, transform_video
 
 __all__ = ["VideoTextDataset", "VideoTextSpec", "check_transform", "choose_frames"]
 

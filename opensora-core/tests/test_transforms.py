@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from opensora.core import ShapeError
-from opensora.data.transforms import (
+from opensora.core.transforms import (
     center_image,
     center_video,
     resize_crop_geometry,
