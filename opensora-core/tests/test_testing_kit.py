@@ -339,6 +339,45 @@ class HiddenWeights(Embedder):
 
     def word(self, word):
         return super().word(word) + self.secret["table"][len(word)].to(self.padding.dtype)
+
+class Cuts(Good):
+    """Reads eight words, in small."""
+
+    max_length = 5
+
+    def encode(self, prompts):
+        return super().encode([self.read(prompt) for prompt in prompts])
+
+    def read(self, prompt):
+        return " ".join(prompt.lower().split()[:8])
+
+    def cut_off(self, prompt):
+        return " ".join(prompt.lower().split()[8:])
+
+class CutsInside(Cuts):
+    """Reads letters: a word is cut in two."""
+
+    def read(self, prompt):
+        return prompt.lower()[:40].rpartition(" ")[0] if len(prompt) > 44 else prompt.lower()
+
+    def cut_off(self, prompt):
+        return prompt.lower()[len(self.read(prompt)) - 2:] if len(prompt) > 44 else ""
+
+class CutsShortOnes(Cuts):
+    def cut_off(self, prompt):
+        return prompt[3:]
+
+class CutsTheBeginning(Cuts):
+    def cut_off(self, prompt):
+        return super().cut_off(prompt)[:-2]
+
+class CutsMore(Cuts):
+    def read(self, prompt):
+        return " ".join(prompt.lower().split()[:6])
+
+class CutsLess(Cuts):
+    def read(self, prompt):
+        return " ".join(prompt.lower().split()[:9])
 '''
 
 SCHEDULERS = '''
@@ -536,6 +575,9 @@ def test_good_ones_pass() -> None:
     assert check_vae("kit-Good", size=(1, 8, 6), scale=3.0).passed == ALL_OF_AN_AUTOENCODER
     assert check_vae("kit-Gained").passed == tried(ALL_OF_AN_AUTOENCODER)
     assert check_text_encoder("kit-Good").passed == ALL_OF_A_TEXT_ENCODER
+    cutting = "says what it cuts off: a prompt's end that has no influence, and no more"
+    assert check_text_encoder("kit-Cuts").passed == [*ALL_OF_A_TEXT_ENCODER[:2], cutting, ALL_OF_A_TEXT_ENCODER[2]]
+    assert cutting in check_text_encoder("kit-CutsInside").passed
     assert check_text_encoder("kit-Labels", prompts=["0", "1", "22"]).passed == ALL_OF_A_TEXT_ENCODER
     assert check_text_encoder("kit-DropsOut").passed == [*ALL_OF_A_TEXT_ENCODER, *OF_A_MODULE]
     assert check_text_encoder("kit-Embedder").passed == tried([*ALL_OF_A_TEXT_ENCODER, *OF_A_MODULE])
@@ -592,6 +634,13 @@ def test_an_autoencoder_that_half_precision_breaks(name: str, words: str) -> Non
             "OtherFacts",
             "announces {'width': 4, 'max_length': 7} there, and {'width': 4, 'max_length': 5} with its weights",
         ),
+        (
+            "CutsShortOnes",
+            '"a handwritten seven moving left" is short, but "andwritten seven moving left" is said to be cut off',
+        ),
+        ("CutsTheBeginning", "is not the end of the prompt"),
+        ("CutsMore", "more is cut off than it says"),
+        ("CutsLess", "without what is cut off"),
         ("HiddenWeights", "text_embedding differs: something that matters is not in it"),
     ],
 )

@@ -133,3 +133,46 @@ def test_what_a_preview_encoded_can_be_trained_on(encoder: Encoder) -> None:
     weight = torch.ones(4, requires_grad=True)
     (told * weight).sum().backward()
     assert weight.grad is not None
+
+
+# ---- what of a prompt is cut off
+
+
+class Cutting(Encoder):
+    """Reads ten letters, in small."""
+
+    max_tokens = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def cut_off(self, prompt: str) -> str:
+        self.asked.append(prompt)
+        return prompt.lower()[10:]
+
+
+def test_what_is_cut_off_is_the_encoders_to_say() -> None:
+    cache = CachedTextEncoder(Cutting(), capacity=1000)
+    assert cache.cut_off("A wave of the SEA") == "the sea"
+    assert cache.cut_off("a wave") == ""
+    assert cache.max_tokens == 10
+
+
+def test_what_is_cut_off_outlives_the_encoder_with_the_embedding() -> None:
+    encoder = Cutting()
+    cache = CachedTextEncoder(encoder, capacity=1000)
+    cache.encode(["a wave of the sea", "a wave", ""])
+    assert encoder.asked == []  # training asks for none, and doesn't pay for it
+    cache.release()
+    cache.release()
+    assert [cache.cut_off(prompt) for prompt in ("a wave of the sea", "a wave", "")] == ["the sea", "", ""]
+    assert encoder.asked == ["a wave of the sea", "a wave", ""]
+    with pytest.raises(ConfigError, match='"the sea" is none of them'):
+        cache.cut_off("the sea")
+
+
+def test_an_encoder_that_can_not_tell_cuts_nothing(encoder: Encoder) -> None:
+    cache = CachedTextEncoder(encoder, capacity=1000)
+    assert cache.cut_off("a wave of the sea") == ""
+    assert cache.max_tokens == encoder.max_length == 3

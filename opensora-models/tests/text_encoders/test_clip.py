@@ -9,6 +9,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from opensora.core.errors import ConfigError, WeightsError
 from opensora.core.testing import check_text_encoder
+from opensora.core.text_cache import CachedTextEncoder
+from opensora.core.text_cuts import max_tokens
 from opensora.models.text_encoders.clip import CLIPEncoder
 
 WORDS = ["a", "wave", "sea", "red"]
@@ -92,6 +94,27 @@ def test_long_prompts_are_cut(folder):
     assert torch.equal(long, cut)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "cut"),
+    [
+        ("", ""),
+        ("a red wave a", ""),
+        ("A red  wave a RED Sea", "RED Sea"),
+        ("a red wave wavesea", "vesea"),  # its first token, "wa", fits
+    ],
+)
+def test_says_what_it_cuts_off(prompt, cut, folder):
+    encoder = build(folder, model_max_length=6)
+    assert encoder.cut_off(prompt) == cut
+    assert max_tokens(encoder) == max_tokens(CachedTextEncoder(encoder, capacity=0)) == 6
+
+
+def test_an_empty_prompt_is_remembered(folder):
+    encoder = build(folder)
+    told = CachedTextEncoder(encoder, capacity=10_000).encode(["", "wave"])
+    assert torch.equal(told.text_embedding[:1], encoder.encode([""]).text_embedding)
+
+
 def test_prompts_are_not_cleaned(folder):
     encoder = build(folder)
     decorated, plain = encoder.encode(["<b>wave</b>", "wave"]).text_embedding
@@ -128,4 +151,5 @@ def test_shapes_without_weights(folder):
 
 
 def test_conforms(folder):
-    check_text_encoder("clip", from_pretrained=str(folder), model_max_length=16, prompts=["a wave", "", "red"])
+    report = check_text_encoder("clip", from_pretrained=str(folder), model_max_length=16, prompts=["a wave", "", "red"])
+    assert any("cuts off" in title for title in report.passed)

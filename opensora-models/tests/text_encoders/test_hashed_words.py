@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from opensora.core.testing import check_text_encoder
+from opensora.core.text_cache import CachedTextEncoder
 from opensora.models.text_encoders.hashed_words import HashedWords
 
 
@@ -63,7 +65,7 @@ def test_another_process_makes_the_same_vectors():
 def test_long_prompt_is_cut_with_a_warning(caplog):
     conditioning = build().encode(["one two three four five six seven"])
     assert conditioning.text_mask.all()
-    assert "cut to its first 5 of 7 words" in caplog.text
+    assert "2 of 7 words don't fit the text encoder's 6 tokens and are cut: \"six seven\"" in caplog.text
     assert torch.equal(conditioning.text_embedding, build().encode(["one two three four five"]).text_embedding)
 
 
@@ -75,3 +77,26 @@ def test_follows_the_module_to_another_dtype():
 def test_options_that_make_no_encoder(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         build(**options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cut"),
+    [
+        ("", ""),
+        ("one two three four five", ""),
+        ("one two three four five!!", ""),
+        ("One, two; three - four (FIVE) Six, seven.", "six, seven."),
+        ("\u0130a \u0130b \u0130c", "c"),  # in lower case two words each: "i", a dot above it, "a"
+    ],
+)
+def test_says_what_it_cuts_off(prompt, cut):
+    assert build().cut_off(prompt) == cut
+
+
+def test_an_empty_prompt_is_remembered():
+    told = CachedTextEncoder(build(), capacity=10_000).encode(["", "a wave"])
+    assert torch.equal(told.text_embedding, build().encode(["", "a wave"]).text_embedding)
+
+
+def test_conforms():
+    assert any("cuts off" in title for title in check_text_encoder("hashed-words", model_max_length=6).passed)

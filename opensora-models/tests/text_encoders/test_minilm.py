@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from opensora.core import build, components
 from opensora.core.errors import ConfigError, MachineError
 from opensora.core.testing import check_text_encoder
+from opensora.core.text_cache import CachedTextEncoder
+from opensora.core.text_cuts import describe_cut
 from opensora.models.text_encoders.minilm import MiniLM
 
 
@@ -75,5 +78,46 @@ def test_lengths_that_can_not_be(length):
         build("text_encoders", {"type": "minilm", "model_max_length": length})
 
 
+# ---- what is cut off
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cut"),
+    [
+        ("", ""),
+        ("word " * 22, ""),
+        ("word " * 22 + "Next  One", "Next  One"),
+        ("word " * 21 + "unforgettably so", "forgettably so"),  # "un" fits
+        ("caf\u00e9 " * 22 + "S\u00c9NAT", "S\u00c9NAT"),  # in the prompt's own letters
+    ],
+    ids=["empty", "fits", "a word too long", "inside of a word", "accents"],
+)
+def test_says_what_it_cuts_off(prompt, cut, encoder):
+    assert encoder.cut_off(prompt) == cut
+
+
+def test_what_it_cuts_off_of_ten_thousand_words_is_known_at_once(encoder):
+    prompt = " ".join(["a red fox crosses the frozen river"] * 1429)
+    prompt = " ".join(prompt.split()[:10_000])
+    begin = time.perf_counter()
+    cut = encoder.cut_off(prompt)
+    assert time.perf_counter() - begin < 1
+    assert describe_cut(prompt, cut, max_tokens=encoder.max_length, which="prompt 3") == (
+        "prompt 3: 9,978 of 10,000 words don't fit the text encoder's 24 tokens and are cut: "
+        '"red fox crosses the frozen river ... the frozen river a red fox crosses the"'
+    ).replace("the frozen river a red fox crosses the", " ".join(prompt.split()[-6:]))
+
+
+def test_nothing_is_said_about_long_prompts_but_what_is_asked(encoder, caplog, capsys):
+    encoder.cut_off("word " * 2000)
+    assert (caplog.text, capsys.readouterr().err) == ("", "")
+
+
+def test_an_empty_prompt_is_remembered(encoder):
+    told = CachedTextEncoder(encoder, capacity=1_000_000).encode(["", "a red car"])
+    assert torch.equal(told.text_embedding[:1], encoder.encode([""]).text_embedding)
+    assert told.text_mask.sum(1).tolist() == [2, 5]
+
+
 def test_conforms():
-    check_text_encoder("minilm", model_max_length=12)
+    assert any("cuts off" in title for title in check_text_encoder("minilm", model_max_length=12).passed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -22,6 +23,7 @@ from transformers import (
 from opensora.core.accelerator import Single, SingleSpec
 from opensora.core.errors import MachineError, WeightsError
 from opensora.core.testing import check_text_encoder
+from opensora.core.text_cache import CachedTextEncoder
 from opensora.models.text_encoders.t5 import T5Encoder
 
 WORDS = ["\u2581a", "\u2581wave", "\u2581sea", "\u2581red", "\u2581"]
@@ -64,6 +66,40 @@ def test_prompts_are_padded_and_cut_to_the_length(folder):
     assert (encoder.width, encoder.max_length) == (32, 6)
     assert conditioning.text_mask.dtype == torch.bool
     assert conditioning.text_mask.sum(dim=1).tolist() == [3, 6, 1]  # an end token each
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cut"),
+    [
+        ("", ""),
+        ("a red sea a red", ""),
+        ("A <b>RED</b> sea   a red WAVE a", "wave a"),  # as it is read: cleaned
+        ("red https://example.com/a/very/long/address clip_0007.mp4 @someone sea a wave", ""),
+        ("red wave \u6d77\u6d77\u6d77\u6d77\u6d77\u6d77 sea", ""),
+    ],
+    ids=["empty", "fits", "cut", "fits once cleaned", "Chinese is not read"],
+)
+def test_says_what_it_cuts_off(prompt, cut, folder):
+    assert build(folder).cut_off(prompt) == cut
+
+
+def test_what_it_cuts_off_uncleaned(folder):
+    plain = build(folder, clean_text=False)
+    assert plain.cut_off("a red sea  a red https://sea") == "https://sea"
+
+
+def test_what_it_cuts_off_of_ten_thousand_words_is_known_at_once(folder):
+    begin = time.perf_counter()
+    cut = build(folder).cut_off("red wave " * 5000)
+    assert time.perf_counter() - begin < 1
+    assert len(cut.split()) == 9995
+
+
+def test_an_empty_prompt_is_remembered(folder):
+    encoder = build(folder)
+    told = CachedTextEncoder(encoder, capacity=10_000).encode(["", "a wave"])
+    assert torch.equal(told.text_embedding[:1], encoder.encode([""]).text_embedding)
+    assert told.text_mask.sum(1).tolist() == [1, 3]
 
 
 def test_embedding_is_that_of_the_tokens(folder):
@@ -239,4 +275,6 @@ def test_8_bits_give_nearly_the_same(folder):
 
 
 def test_conforms(folder):
-    check_text_encoder("t5", from_pretrained=str(folder), model_max_length=6, prompts=["a wave", "", "red sea"])
+    prompts = ["a wave", "", "red sea"]
+    report = check_text_encoder("t5", from_pretrained=str(folder), model_max_length=6, prompts=prompts)
+    assert any("cuts off" in title for title in report.passed)

@@ -20,6 +20,7 @@ __all__ = [
     "Clip",
     "Dataset",
     "Denoiser",
+    "Prompter",
     "SampleState",
     "Scheduler",
     "Size",
@@ -93,6 +94,9 @@ class TextEncoder(Protocol):
 
     What it makes of a prompt must not depend on the others of a batch: it may be remembered. ``overflows_in_fp16`` is as for
     a `VideoAutoencoder`. Options ``device`` and ``dtype`` are core's, for every text encoder: a ``Spec`` has none so named.
+    Optional, for those with a limit: ``cut_off(prompt) -> str``, the end of a prompt that lies beyond it and is not read, in
+    its own spelling (T5's is cleaned), "" if all is read; and ``max_tokens`` (int), the limit if not ``max_length``.
+    Functions of these names in `opensora.core.text_cuts` know what to answer for encoders without.
     """
 
     width: int | None
@@ -102,6 +106,19 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """``text_embedding`` [B, L, D] and ``text_mask`` [B, L], or ``labels`` [B]."""
+        ...
+
+
+class Prompter(Protocol):
+    """Rewrites prompts before a text encoder reads them, such as short ones into longer; built as ``Class(spec)``."""
+
+    def refine(self, texts: Sequence[str]) -> list[str]:
+        """One prompt for each text, in their order, each of one line. A text that is empty asks for a new, random prompt.
+
+        Raises:
+            MachineError: What it needs is not there, or doesn't answer.
+            DataError: It made nothing of a text that could be a prompt.
+        """
         ...
 
 

@@ -15,13 +15,16 @@ from opensora.core.machine import probe_dtype
 from opensora.core.protocols import Size, TextEncoder, VideoAutoencoder
 from opensora.core.randomness import SampleDraws, SampleKey
 from opensora.core.testing._report import Report
+from opensora.core.text_cuts import cut_off
 
 __all__ = ["check_text_encoder", "check_vae"]
 
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 0.1
 """Of bf16, relative, over all values. It has three digits, and every layer rounds."""
+_MANY_WORDS = 2000
 _META = "builds on the meta device, for dry runs"
+_CUT = "says what it cuts off: a prompt's end that has no influence, and no more"
 _FROZEN = "stays frozen and in eval mode"
 _HALF = "in half precision it gives nearly the same"
 _STATE = "loads its own state dict to the same outputs"
@@ -90,13 +93,13 @@ def check_text_encoder(
     on_pass: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Report:
-    """Shapes, masks, dtypes, determinism, batch independence, meta-device build, loading.
+    """Shapes, masks, dtypes, determinism, batch independence, ``cut_off`` if it has that, meta-device build, loading.
 
     Half precision is tried as bf16, where this machine has it (see ``opensora doctor``).
 
     Args:
         name: As in ``type=``.
-        prompts: What it is tried on; three of them.
+        prompts: What it is tried on; three of them, that it reads as a whole.
         on_pass: Called with each check's title as it passes.
         options: Of the component's ``Spec``.
 
@@ -113,6 +116,9 @@ def check_text_encoder(
         for row, prompt in enumerate(prompts):
             check_alike(encoder.encode([prompt]), encoded[row : row + 1], prompt)
         check_alike(encoder.encode(list(reversed(prompts))), encoded[list(reversed(range(len(prompts))))], "in reverse")
+    if hasattr(encoder, "cut_off"):
+        with report.checking(_CUT):
+            _check_cut(encoder, prompts)
 
     def outputs(of: TextEncoder) -> dict[str, Tensor]:
         told = of.encode(list(prompts))
@@ -144,6 +150,27 @@ def check_text_shapes(encoded: Conditioning, encoder: TextEncoder, batch: int) -
         assert encoded.text_mask.shape == expected[:2], f"mask is {list(encoded.text_mask.shape)}"
         assert encoded.text_mask.dtype is torch.bool, f"mask is {encoded.text_mask.dtype}"
         assert encoded.text_mask.any(1).all(), "a prompt without any token; even an empty one needs one"
+
+
+def _check_cut(encoder: TextEncoder, prompts: Sequence[str]) -> None:
+    """Short prompts are read as a whole. Of a long one, what is said to be cut has no influence, and the rest has."""
+    for prompt in prompts:
+        assert (cut := cut_off(encoder, prompt)) == "", f'"{prompt}" is short, but "{cut}" is said to be cut off'
+    long = " ".join([prompt for prompt in prompts if prompt] * (_MANY_WORDS // len(prompts)))
+    if not (cut := cut_off(encoder, long)):
+        return
+    assert long.casefold().endswith(cut.casefold()), f'"{cut[:60]}" ... is not the end of the prompt'
+    kept = len(long) - len(cut)
+    end = long.find(" ", kept) if kept and not long[kept - 1].isspace() else kept  # behind a word that is cut in two
+    read = long[: end if end >= 0 else len(long)].rstrip()
+    check_alike(encoder.encode([read]), encoder.encode([long]), "without what is cut off")
+    shorter = " ".join(long[:kept].split()[:-1])
+    assert not _is_same(encoder.encode([shorter]), encoder.encode([long])), "more is cut off than it says"
+
+
+def _is_same(one: Conditioning, other: Conditioning) -> bool:
+    pairs = ((getattr(one, name), getattr(other, name)) for name in ("text_embedding", "text_mask", "labels"))
+    return all(left is right or torch.equal(left, right) for left, right in pairs)
 
 
 def check_alike(one: Conditioning, other: Conditioning, which: str) -> None:

@@ -43,6 +43,10 @@ class ClassLabels(nn.Module):
         """
         return Conditioning(labels=torch.tensor([self._label(prompt) for prompt in prompts], dtype=torch.int64))
 
+    def cut_off(self, prompt: str) -> str:
+        """Nothing: a number is read as a whole."""
+        return ""
+
     def _label(self, prompt: str) -> int:
         last = self.spec.num_classes - 1
         try:

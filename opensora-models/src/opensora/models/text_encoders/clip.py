@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.models._pretrained import expand_home, reading
+from opensora.models.text_encoders._cutting import beyond
 from opensora.models.text_encoders._reading import read_frozen
 
 __all__ = ["CLIPEncoder", "CLIPEncoderSpec"]
@@ -79,6 +80,7 @@ class CLIPEncoder(nn.Module):
                 f"model_max_length is {spec.model_max_length}, but this encoder has positions for {positions} tokens."
             )
         self.width: int | None = self.module.config.hidden_size
+        self.max_tokens = spec.model_max_length
         self.requires_grad_(False).eval()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -91,6 +93,10 @@ class CLIPEncoder(nn.Module):
             return_tensors="pt",
         ).to(self.module.device)
         return Conditioning(text_embedding=self.encode_tokens(tokens.input_ids)[:, None])
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that lies beyond the length and is not read; "" if all of it is."""
+        return beyond(self.tokenizer, prompt, max_length=self.max_tokens)
 
     @torch.no_grad()
     def encode_tokens(self, input_ids: Tensor) -> Tensor:

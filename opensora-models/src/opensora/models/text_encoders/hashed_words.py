@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.core.randomness import generator_for
+from opensora.core.text_cuts import describe_cut
 from opensora.models._layers.positions import temporal_table
 
 __all__ = ["HashedWords", "HashedWordsSpec"]
@@ -72,16 +74,19 @@ class HashedWords(nn.Module):
             text_embedding=embedding.to(self.positions) + self.positions, text_mask=mask.to(self.positions.device)
         )
 
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt, in lower case, from the first word on that is beyond the length; "" if all of it fits."""
+        text = prompt.lower()
+        beyond = next(islice(_WORD.finditer(text), self.max_length - 1, None), None)
+        return text[beyond.start() :].strip() if beyond else ""
+
     def _words(self, prompt: str) -> list[str]:
-        words = [_START, *_WORD.findall(prompt.lower())]
-        if len(words) > self.max_length:
+        if cut := self.cut_off(prompt):
             _logger.warning(
-                'Prompt cut to its first %d of %d words: "%s". Raise text_encoder.model_max_length to keep them.',
-                self.max_length - 1,
-                len(words) - 1,
-                prompt,
+                "%s. Raise text_encoder.model_max_length to keep them.",
+                describe_cut(prompt, cut, max_tokens=self.max_length, which="A prompt"),
             )
-        return words[: self.max_length]
+        return [_START, *_WORD.findall(prompt.lower())][: self.max_length]
 
 
 @lru_cache(maxsize=4096)

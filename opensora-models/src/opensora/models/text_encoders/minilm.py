@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import MachineError
 from opensora.models._pretrained import reading
+from opensora.models.text_encoders._cutting import beyond
 from opensora.models.text_encoders._reading import read_frozen
 
 __all__ = ["MiniLM", "MiniLMSpec"]
@@ -78,6 +79,10 @@ class MiniLM(nn.Module):
         ).to(self.module.device)
         embedding = self.encode_tokens(tokens.input_ids, tokens.attention_mask)
         return Conditioning(text_embedding=embedding, text_mask=tokens.attention_mask.bool())
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that lies beyond the length and is not read; "" if all of it is."""
+        return beyond(self.tokenizer, prompt, max_length=self.max_length)
 
     @torch.no_grad()
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, T5Config, T5EncoderM
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import MachineError
 from opensora.models._pretrained import expand_home, reading
+from opensora.models.text_encoders._cutting import beyond
 from opensora.models.text_encoders._reading import read_frozen
 from opensora.models.text_encoders.cleaning import prepare_prompt
 
@@ -98,7 +99,7 @@ class T5Encoder(nn.Module):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """``text_embedding`` [B, L, D] in the encoder's dtype and ``text_mask`` [B, L] bool, on the encoder's device."""
         tokens = self.tokenizer(
-            [prepare_prompt(prompt, clean=self.spec.clean_text) for prompt in prompts],
+            [self._prepared(prompt) for prompt in prompts],
             max_length=self.max_length,
             padding="max_length",
             truncation=True,
@@ -107,6 +108,13 @@ class T5Encoder(nn.Module):
         ).to(self.module.device)
         embedding = self.encode_tokens(tokens.input_ids, tokens.attention_mask)
         return Conditioning(text_embedding=embedding, text_mask=tokens.attention_mask.bool())
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt, cleaned, that lies beyond the length and is not read; "" if all of it is."""
+        return beyond(self.tokenizer, self._prepared(prompt), max_length=self.max_length)
+
+    def _prepared(self, prompt: str) -> str:
+        return prepare_prompt(prompt, clean=self.spec.clean_text)
 
     @torch.no_grad()
     def encode_tokens(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
