@@ -84,7 +84,9 @@ class Conditioning:
         overlap = device is not None and torch.device(device).type != "cpu"  # copies to the CPU are used at once
 
         def move(name: str, tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype if name in ("text_embedding", "negative_embedding") else None, non_blocking=overlap)
+            return tensor.to(
+                device, dtype if name in ("text_embedding", "negative_embedding") else None, non_blocking=overlap
+            )
 
         return self._map(move)
 
@@ -97,7 +99,7 @@ class Conditioning:
         return self.replace(negative_embedding=None, negative_mask=None)
 
     def unconditional(self) -> Self:
-        """The second half of classifier-free guidance: the same batch with the negative text, or with text or label dropped."""
+        """The second half of classifier-free guidance: the same batch with its negative text, or with text or label dropped."""
         if self.negative_embedding is not None:
             return self.positive().replace(text_embedding=self.negative_embedding, text_mask=self.negative_mask)
         device = next((tensor.device for _, tensor in self._tensors()), None)

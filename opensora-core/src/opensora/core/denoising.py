@@ -44,8 +44,8 @@ class Denoising:
     conditioning: Conditioning
     frame_mask: Tensor | None = None
     """[B, T] in [0, 1]: 1 is generated, 0 kept as given. None: all are generated."""
-    seeds: Sequence[int]
-    """[B]."""
+    keys: Sequence[SampleKey]
+    """[B]: where each video's random numbers come from."""
     hooks: Hooks
     state: SampleState | None = None
     """Of the last step that was made; None before the first."""
@@ -55,7 +55,7 @@ class Denoising:
     @property
     def draws(self) -> Draws:
         """Where the random numbers of the steps come from."""
-        return SampleDraws([SampleKey(seed, 0) for seed in self.seeds], self.noise.device)
+        return SampleDraws(self.keys, self.noise.device)
 
     @property
     def guidance_scale(self) -> float:
@@ -110,7 +110,10 @@ class Denoising:
         if guidance_scale is not None:
             check_guidance_scale(self.guided, guidance_scale)
         scale = self._scale if guidance_scale is None else guidance_scale
-        return attrs.evolve(self, guidance_scale=scale, seeds=self.seeds if seeds is None else seeds)
+        keys = self.keys
+        if seeds is not None:
+            keys = [attrs.evolve(key, seed=seed) for key, seed in zip(keys, seeds, strict=True)]
+        return attrs.evolve(self, guidance_scale=scale, keys=keys)
 
     @contextmanager
     def _scaled(self) -> Iterator[None]:

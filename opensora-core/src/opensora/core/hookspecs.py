@@ -9,7 +9,7 @@ Hooks run in all processes; ask ``run.accelerator.is_main`` before writing a fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from opensora.core.pipelines.sample_spec import SampleSpec
     from opensora.core.pipelines.train_spec import TrainSpec
     from opensora.core.protocols import Denoiser, SampleState
+    from opensora.core.requests import Request
+    from opensora.core.video_sampler import Piece
 
 __all__ = ["HookSpecs", "hook", "hookspec"]
 
@@ -51,7 +53,7 @@ class HookSpecs:
     @hookspec
     def denoising_step(self, denoising: Denoising) -> None:
         """Before each denoising step of a batch; ``denoising.state`` is that of the step before, None at the first. Called by
-        the command, from Python, and for previews in training. Several may be under way in turns: tell them apart by identity.
+        the command, from Python, and for previews in training. Several may take turns: tell them apart by identity.
         """
 
     # ---- training
@@ -93,8 +95,16 @@ class HookSpecs:
         """Everything is built; nothing has been sampled."""
 
     @hookspec
+    def sample_batch(self, run: SampleRun, requests: Sequence[Request]) -> None:
+        """A batch begins: its references are about to be read, and its first step made."""
+
+    @hookspec
     def sample_step(self, run: SampleRun, state: SampleState) -> None:
         """After each denoising step of a batch."""
+
+    @hookspec
+    def sample_frames(self, run: SampleRun, requests: Sequence[Request], piece: Piece) -> None:
+        """The next frames of a batch are decoded and on their way to their files."""
 
     @hookspec
     def sample_saved(self, run: SampleRun, sample: SavedSample) -> None:
@@ -103,3 +113,7 @@ class HookSpecs:
     @hookspec
     def sample_end(self, run: SampleRun) -> None:
         """Sampling ended or failed; called always once `sample_start` was."""
+
+    @hookspec
+    def sample_report(self, run: SampleRun) -> Mapping[str, object] | None:
+        """Return facts for ``summary.json``, by name. Asked in all processes at the end; the main one's are written."""

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from opensora.core.commands._launch import die_with_launcher, is_launched, launch
@@ -25,7 +26,7 @@ from opensora.core.errors import ConfigError
 
 __all__ = ["load_config", "main"]
 
-_OWN_FLAGS = ("--help", "--nproc", "--port", "--dry-run", "--trust-config", "--debug")
+_OWN_FLAGS = ("--help", "--from", "--nproc", "--port", "--dry-run", "--trust-config", "--debug")
 _EXAMPLES = """\
 any key of the config can be set by its path: --model.depth 12, --log_every 5, --scheduler.loc 1.0
 
@@ -35,6 +36,7 @@ examples:
   opensora-run train.py --dry-run
   opensora-run stdit3/sample --prompt "a wave" "a cat" --resolution 240p --aspect-ratio 9:16 --num-frames 2s
   opensora-run outputs/003-STDiT3-XL-2/config.py
+  opensora-run --from outputs/004-samples/samples/sample_0000.mp4
 
 all configs that are installed: opensora configs
 """
@@ -73,9 +75,23 @@ def load_config(options: argparse.Namespace, overrides: Sequence[Override] = ())
     """
     from opensora.core.config.legacy import modernize, nest_dataset
 
-    config = apply_overrides(evaluate(resolve(options.config), trust=options.trust_config), overrides)
+    if options.config is None and options.sample is None:
+        raise ConfigError("CONFIG is missing; it goes before the flags. See opensora-run --help")
+    if options.config is not None and options.sample is not None:
+        raise ConfigError("CONFIG and --from are both given, but a sample has its own config. Leave one out.")
+    config = apply_overrides(_read(options), overrides)
     config = nest_dataset(config)
     return modernize(apply_flags(config, given_flags(options), pipeline_name(config.values)))
+
+
+def _read(options: argparse.Namespace) -> Config:
+    """The config file's values, or those of a sample's recipe."""
+    if options.sample is None:
+        return evaluate(resolve(options.config), trust=options.trust_config)
+    from opensora.core.pipelines.sample_recipes import config_of_recipe
+
+    path = Path(options.sample)
+    return Config(config_of_recipe(path), {(): str(path)}, path)
 
 
 def pipeline_name(values: Mapping[str, Any]) -> str:
@@ -126,7 +142,8 @@ def _parser(defaults: Mapping[str, str]) -> Parser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of an installed one")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a config file, or the name of an installed one")
+    parser.add_argument("--from", dest="sample", metavar="SAMPLE", help="make this sample again, instead of CONFIG")
     parser.add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes to run on this machine [1]")
     parser.add_argument("--port", type=_port, metavar="N", help="port on which they meet [a free one]")
     parser.add_argument("--dry-run", action="store_true", help="check it, and print sizes and costs; writes nothing")

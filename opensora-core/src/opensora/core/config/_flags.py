@@ -6,9 +6,9 @@ from typing import Literal
 
 from attrs import field, frozen
 
-Kind = Literal["int", "float", "str", "bool", "switch", "strs", "size", "frames"]
-"""How a flag's text is read. bool: yes/true/t/y/1 or no/false/f/n/0. switch: no text, True. strs: one or more.
-size: height and width. frames: a number, or a name such as 4s."""
+Kind = Literal["int", "float", "str", "bool", "switch", "strs", "pair", "size", "frames", "every"]
+"""How a flag's text is read. bool: yes/true/t/y/1 or no/false/f/n/0. switch: no text, True. strs: one or more. pair: two.
+size: height and width. frames: a number, or a name such as 4s. every: a number, or nothing, for 5."""
 Group = Literal["all", "sampling", "training"]
 
 
@@ -39,10 +39,6 @@ def _sampling(name: str, kind: Kind, text: str, *keys: str, also: str = "", repl
     return Flag(name, kind, text, keys, tuple(also.split()), tuple(replaces.split()), group="sampling")
 
 
-def _planned(name: str, kind: Kind, text: str) -> Flag:
-    return Flag(name, kind, text, group="sampling", planned=True)
-
-
 def _training(name: str, kind: Kind, text: str) -> Flag:
     return Flag(name, kind, text, group="training")
 
@@ -71,8 +67,9 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag("--layernorm-kernel", "bool", "of older configs, without effect", ("model.enable_layernorm_kernel",)),
     _sampling("--prompt", "strs", "one or more prompts"),
-    _sampling("--prompt-path", "str", "text file with one prompt a line", replaces="prompt"),
-    _planned("--prompt-generator", "str", "prompt that is sampled without end if there is no other"),
+    _sampling("--prompt-path", "str", "prompts: .txt one a line, .csv or .jsonl with settings", replaces="prompt"),
+    _sampling("--prompt-generator", "str", "prompt that is sampled without end if there is no other"),
+    _sampling("--negative-prompt", "str", "what guidance leads away from"),
     _sampling("--start-index", "int", "first prompt to sample; numbers the files"),
     _sampling("--end-index", "int", "prompt before which to stop"),
     _sampling("--num-sample", "int", "videos for each prompt"),
@@ -89,15 +86,23 @@ FLAGS: tuple[Flag, ...] = (
     _sampling("--save-dir", "str", "folder for the samples"),
     _sampling("--sample-name", "str", "first part of the file names"),
     _sampling("--prompt-as-path", "switch", "name files after their prompts"),
-    _planned("--reference-path", "strs", "images or videos to start from, one item a prompt"),
-    _planned("--mask-strategy", "strs", "where the references go, one item a prompt"),
-    _planned("--loop", "int", "rounds, each going on from the last"),
-    _planned("--condition-frame-length", "int", "latent frames that a round takes from the last"),
+    _sampling("--image", "str", "image that the video begins with"),
+    _sampling("--last-image", "str", "image that it ends with"),
+    _sampling("--extend", "str", "video to go on from"),
+    _sampling("--connect", "pair", "two images or videos to lead from one to the other"),
+    _sampling("--edit", "str", "video to change, as far as --strength says"),
+    _sampling("--strength", "float", "of --edit: above 0 hardly, 1 all"),
+    _sampling("--reference-path", "strs", "images or videos for --mask-strategy, one item a prompt"),
+    _sampling("--mask-strategy", "strs", "where the references go, one item a prompt"),
+    _sampling("--loop", "int", "rounds, each going on from the last: long videos"),
+    _sampling("--condition-frame-length", "int", "latent frames that a round takes from the last"),
     _sampling("--aes", "float", "aesthetic score to ask for"),
     _sampling("--flow", "float", "motion score to ask for"),
     _sampling("--camera-motion", "str", "camera motion to ask for"),
-    _planned("--llm-refine", "bool", "let a language model rewrite the prompts"),
-    _planned("--watermark", "bool", "put a logo on the videos"),
+    _sampling("--llm-refine", "bool", "let a language model rewrite the prompts"),
+    _sampling("--watermark", "bool", "put a mark on a copy of each file"),
+    _sampling("--format", "str", "of the files: mp4, gif, or frames for a folder of png"),
+    _sampling("--preview", "every", "write a cheap preview of each video every so many steps"),
     _sampling("--verbose", "int", "0 silent, 1 progress over videos, 2 over steps too"),
     _training("--lr", "float", "learning rate after warm-up"),
     _training("--warmup-steps", "int", "steps over which the learning rate rises"),

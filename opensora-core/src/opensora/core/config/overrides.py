@@ -226,6 +226,8 @@ _PARSING: Mapping[str, dict[str, Any]] = {
     "bool": {"type": parse_bool, "metavar": "YES|NO"},
     "switch": {"action": "store_true"},
     "strs": {"nargs": "+", "metavar": "TEXT"},
+    "pair": {"nargs": 2, "metavar": ("FROM", "TO")},
+    "every": {"type": _INT, "nargs": "?", "const": 5, "metavar": "N"},
     "size": {"type": _INT, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
     "frames": {"type": _parse_frames, "metavar": "N"},
 }

@@ -15,11 +15,14 @@ from opensora.core.contact_sheet import write_contact_sheet
 from opensora.core.errors import DataError
 from opensora.core.hookspecs import hook
 from opensora.core.loading import BatchOrder
-from opensora.core.pipelines.sample_loop import decode, iter_denoising
 from opensora.core.protocols import IMAGE_FPS
 from opensora.core.randomness import SampleKey
+from opensora.core.requests import Request
+from opensora.core.video_sampler import VideoSampler
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from opensora.core.pipelines.train_loop import TrainRun, Update
 
 __all__ = ["Previews", "PreviewsSpec"]
@@ -73,22 +76,35 @@ class Previews:
         run.denoiser.eval()
         try:
             with run.ema.applied(run.denoiser) if run.ema else nullcontext():
-                *_, last = iter_denoising(
-                    run.parts,
-                    run.accelerator.predictor(run.denoiser),
-                    run.accelerator,
-                    self.prompts,
-                    [run.spec.seed + index for index in range(len(self.prompts))],
-                    size=run.clip_size,
-                    fps=self.fps,
-                )
+                videos = self.sample(run)
         finally:
             run.denoiser.train()
-        videos = decode(run.parts, last.latents, num_frames=run.clip_size[0])
         path = run.folder / "previews" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         write_contact_sheet(path, list(zip(self.prompts, videos, strict=True)), title=f"Step {step}")
         log.info("Preview %s", path)
+
+    def sample(self, run: TrainRun) -> list[Tensor]:
+        """Videos [T, H, W, 3] uint8 of the prompts."""
+        guided = run.parts.scheduler.guide(run.accelerator.predictor(run.denoiser))
+        sampler = VideoSampler(
+            parts=run.parts, accelerator=run.accelerator, hooks=run.hooks, guided=guided, denoiser=guided
+        )
+        requests = [
+            Request(
+                prompt=prompt,
+                text=prompt,
+                seed=run.spec.seed + index,
+                path=run.folder / "previews",
+                size=run.clip_size,
+                fps=self.fps,
+                file_fps=self.fps,
+                frame_fps=self.fps,
+            )
+            for index, prompt in enumerate(self.prompts)
+        ]
+        pieces = [piece.frames for piece in sampler.iter_pieces(requests)]
+        return [torch.cat(rows) for rows in zip(*pieces, strict=True)]
 
 
 def first_keys(run: TrainRun) -> Iterator[SampleKey]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import frozen
@@ -17,8 +19,13 @@ if TYPE_CHECKING:
     from opensora.core.pipelines.loop import LoopRun, Update
     from opensora.core.pipelines.sample_loop import SampleRun, SavedSample
     from opensora.core.protocols import SampleState
+    from opensora.core.requests import Request
+    from opensora.core.video_sampler import Piece
 
 __all__ = ["Progress", "ProgressSpec"]
+
+log = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LINES = 10
 
 
 @frozen(kw_only=True)
@@ -49,6 +56,9 @@ class Progress:
         )
         self._main: TaskID | None = None
         self._steps: TaskID | None = None
+        self._batch: Sequence[Request] = ()
+        self._round = self._decoded = self._finished = self._total = 0
+        self._begin = self._told = 0.0
 
     @hook
     def train_start(self, run: LoopRun) -> None:
@@ -77,25 +87,60 @@ class Progress:
 
     @hook
     def sample_start(self, run: SampleRun) -> None:
-        """Show the bar over this process's videos."""
+        """Show the bar over all denoising steps and frames to decode of this process's videos, which tells the time left."""
         if run.accelerator.is_main:
-            mine = len(run.requests[:: run.accelerator.world_size])
             self._bar.start()
-            self._main = self._bar.add_task("sample", total=mine, note="")
+            self._total = len(run.requests[:: run.accelerator.world_size])
+            self._main = self._bar.add_task("sample", total=self._total, note="")
+            self._begin = self._told = time.monotonic()
             if self.spec.steps:
                 self._steps = self._bar.add_task("steps", total=None, note="")
 
     @hook
+    def sample_batch(self, run: SampleRun, requests: Sequence[Request]) -> None:
+        """Begin anew with the steps of a batch."""
+        self._batch, self._round = requests, 0
+        self._finished = run.num_saved + run.num_skipped
+
+    @hook
     def sample_step(self, run: SampleRun, state: SampleState) -> None:
-        """Move the bar over steps."""
+        """Move the bars over steps, and over videos by the share that the step is of their denoising."""
         if self._steps is not None:
-            self._bar.update(self._steps, total=state.num_steps, completed=state.step + 1)
+            self._bar.update(
+                self._steps, total=state.num_steps, completed=state.step + 1, note=f"round {self._round + 1}"
+            )
+        if self._main is not None:
+            self._show((state.step + 1) / state.num_steps, f"denoising, step {state.step + 1} of {state.num_steps}")
+
+    @hook
+    def sample_frames(self, run: SampleRun, requests: Sequence[Request], piece: Piece) -> None:
+        """Say that frames are being decoded; a round is done with its last."""
+        if piece.is_first:
+            self._decoded, self._round = 0, piece.round
+        self._decoded += len(piece.frames[0])
+        if self._main is not None:
+            self._show(1.0, f"decoding, {self._decoded} of {requests[0].size[0]} frames")
+        self._round = piece.round + 1
+
+    def _show(self, share: float, note: str) -> None:
+        """``share``: how much of the present round is denoised."""
+        if self._main is not None:
+            rounds = self._batch[0].loop
+            done = (min(self._round, rounds - 1) + share) / rounds * len(self._batch)
+            self._bar.update(self._main, completed=self._finished + done, note=f"{self._batch[0].path.name}: {note}")
 
     @hook
     def sample_saved(self, run: SampleRun, sample: SavedSample) -> None:
-        """Move the bar over videos."""
-        if self._main is not None:
-            self._bar.update(self._main, advance=1, note=sample.request.path.name)
+        """Move the bar over videos; where there is no terminal, say from time to time how far it is."""
+        if self._main is None:
+            return
+        self._finished += 1
+        self._bar.update(self._main, completed=self._finished, note=sample.request.path.name)
+        now = time.monotonic()
+        if self._bar.disable and now - self._told >= _SECONDS_BETWEEN_LINES and self._finished < self._total:
+            self._told = now
+            left = (now - self._begin) / self._finished * (self._total - self._finished)
+            log.info("%d of %d samples, about %.0f s left", self._finished, self._total, left)
 
     @hook
     def sample_end(self, run: SampleRun) -> None:

@@ -16,11 +16,14 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import DataError
 from opensora.core.loading import BatchOrder, Slicing
+from opensora.core.mask_strategy import print_mask_strategy
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Dataset, Size
+from opensora.core.reference_latents import Overlap
+from opensora.core.requests import Request
 
-__all__ = ["declared_size", "describe_memory", "describe_sampling", "describe_training", "measure"]
+__all__ = ["declared_size", "describe_memory", "describe_sampling", "describe_training", "measure", "meta_inputs"]
 
 log = logging.getLogger(__name__)
 _GIB = 2**30
@@ -122,23 +125,38 @@ def _describe_steps(spec: TrainSpec, dataset: Dataset) -> str:
     return f"steps        {steps:,} of {per_step} samples a process ({steps * per_step / len(dataset):.1f} epochs)"
 
 
-def describe_sampling(spec: SampleSpec, prompts: Sequence[str]) -> str:
+def describe_sampling(spec: SampleSpec, requests: Sequence[Request]) -> str:
     """Models, sizes, and an estimate of memory and compute for one process."""
     parts = build_parts(spec, size_of=lambda: spec.size, meta=True)
     parts.denoiser.eval()
-    flops, _ = _measure(parts, spec.batch_size, spec.size, train=False)
+    first = requests[0]
+    flops, _ = _measure(parts, spec.batch_size, first.size, train=False)
     bytes_each = 2 if spec.dtype in ("bf16", "fp16") else 4
     weights = bytes_each * sum(each.numel() for each in parts.denoiser.parameters())
-    kind = "images" if spec.size[0] == 1 else "videos"
+    kind = "images" if first.size[0] == 1 else "videos"
     return "\n".join(
         [
-            f"samples      {len(prompts) * spec.num_sample} {kind} of {len(prompts)} prompts",
-            *_describe_parts(spec, parts, spec.size),
-            *(f"not built    {each}" for each in spec.unbuilt(prompts)),
+            f"samples      {len(requests):,} {kind}",
+            *_describe_parts(spec, parts, first.size),
+            *_describe_rounds(spec, parts, first),
             f"memory       weights {weights / _GIB:.2f} GiB, without VAE, text encoder and activations",
             f"compute      {flops / 1e12:.3f} TFLOP a denoiser call of {spec.batch_size}, guidance not counted",
         ]
     )
+
+
+def _describe_rounds(spec: SampleSpec, parts: Parts, first: Request) -> list[str]:
+    """What a video starts from, and of how many rounds it is."""
+    lines = []
+    overlap = Overlap(length=spec.condition_frame_length, edit_ratio=spec.condition_frame_edit, align=spec.align)
+    if first.given:
+        sources, edits = first.given.resolve(overlap.latent_frames(parts.vae, first.size), loop=first.loop)
+        lines.append(f"starts from  {'; '.join(sources)}: mask strategy {print_mask_strategy(edits)}")
+    if first.loop > 1:
+        shared = overlap.frames(parts.vae, first.size)
+        total = first.loop * first.size[0] - (first.loop - 1) * shared
+        lines.append(f"rounds       {first.loop}, each with {shared} frames of the one before: {total:,} frames")
+    return lines
 
 
 def declared_size(dataset: ComponentConfig) -> Size | None:
@@ -172,7 +190,7 @@ def _count(part: Any) -> str:
 
 
 def _measure(parts: Parts, batch_size: int, size: Size, *, train: bool) -> tuple[int, int]:
-    latents, timestep, conditioning = _meta_inputs(parts, batch_size, size)
+    latents, timestep, conditioning = meta_inputs(parts, batch_size, size)
     return measure(lambda: parts.denoiser(latents, timestep, conditioning), parts.denoiser, train=train)
 
 
@@ -203,7 +221,12 @@ def measure(call: Callable[[], Tensor], module: nn.Module, *, train: bool) -> tu
     return counter.get_total_flops(), sum(saved.values())
 
 
-def _meta_inputs(parts: Parts, batch: int, size: Size) -> tuple[Tensor, Tensor, Conditioning]:
+def meta_inputs(parts: Parts, batch: int, size: Size) -> tuple[Tensor, Tensor, Conditioning]:
+    """What the denoiser would be called with, on the meta device.
+
+    Raises:
+        ShapeError: The autoencoder can't do this size.
+    """
     encoder = parts.text_encoder
 
     def each(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
 from opensora.core.accelerator import Accelerator
 from opensora.core.attention import use_kernel
-from opensora.core.components import load
+from opensora.core.components import build, load
 from opensora.core.composing import (
     build_accelerator,
     build_parts,
@@ -24,23 +25,29 @@ from opensora.core.composing import (
     resolved_values,
     wrap,
 )
-from opensora.core.config.names import find_text
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.config.write import write_config
-from opensora.core.errors import ConfigError
-from opensora.core.hooking import build_hooks
-from opensora.core.pipelines.sample_loop import SampleRun, sample
+from opensora.core.hooking import Hooks, build_hooks
+from opensora.core.pipelines.sample_loop import SEAMS, SampleRun, sample
+from opensora.core.pipelines.sample_recipes import Repeatable, made_again
+from opensora.core.pipelines.sample_requests import Plan, choose_entries, plan_requests, read_plans, refine_plans
+from opensora.core.pipelines.sample_sizes import check_sizes
 from opensora.core.pipelines.sample_spec import SampleSpec
-from opensora.core.prompts import Request, plan_requests, read_prompts
-from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder, write_atomically
+from opensora.core.prompt_syntax import parse_rounds
+from opensora.core.reference_latents import Overlap
+from opensora.core.requests import EndlessRequests, Request
+from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder, read_jsonl, write_atomically
 from opensora.core.text_cache import CachedTextEncoder
+from opensora.core.text_cuts import describe_cut
+from opensora.core.video_sampler import VideoSampler
 
 if TYPE_CHECKING:
     from opensora.core.config.evaluate import Config
 
-__all__ = ["Sample"]
+__all__ = ["Sample", "build_sampler"]
 
 log = logging.getLogger(__name__)
+_OPENAI = ComponentConfig(type="openai", options={})
 
 
 class Sample:
@@ -49,22 +56,23 @@ class Sample:
     Spec = SampleSpec
 
     def __init__(self, spec: SampleSpec, *, config: Config) -> None:
-        """Check every component's options, and read the prompts.
+        """Check every component's options, and read the prompts and what they start from.
 
         Raises:
-            ComponentError, ConfigError: A component is missing or an option is wrong.
+            ComponentError, ConfigError: A component is missing, or an option or a prompt is wrong.
             DataError: The prompt file can't be used.
         """
+        if spec.llm_refine:
+            spec = attrs.evolve(spec, llm_refine=False, prompter=_OPENAI)
         check_components(spec, config.locations)
         build_hooks(default_hooks(spec), spec.hooks, without=spec.without_hooks)
         self.spec, self.config = spec, config
-        self.prompts = choose_prompts(spec)
+        self.plans = read_plans(choose_entries(spec), spec)
+        self.requests = plan_requests(self.plans, spec, Path(spec.save_dir or "samples"))
 
     def run(self) -> dict[str, Path]:
         """Sample all prompts, write ``summary.json``, and return where the results are."""
         begin = time.perf_counter()
-        if unbuilt := self.spec.unbuilt(self.prompts):
-            raise ConfigError(f"{' and '.join(unbuilt)}: not built yet. Text to video and text to image are.")
         with build_accelerator(self.spec) as accelerator, ExitStack() as stack:
             folder, samples = accelerator.from_main(lambda: choose_folders(self.spec))
             if accelerator.is_main:
@@ -73,64 +81,47 @@ class Sample:
                 write_config(
                     folder / "config.py", resolved_values(self.spec), f"Again: opensora-run {folder}/config.py"
                 )
-            run = build_run(self.spec, folder, accelerator, self.plan(samples))
-            run.seconds = {"load": time.perf_counter() - begin - sum(run.seconds.values()), **run.seconds}
+            check_sizes(self.spec, {request.size for request in distinct(self.requests)})
+            run = build_run(self.spec, folder, accelerator, self.plan(samples, accelerator))
+            seconds = run.sampler.clock.seconds
+            seconds["load"] = time.perf_counter() - begin - sum(seconds.values())
             try:
-                run.hooks.sample_start(run=run)
                 with use_kernel(load("attention", self.spec.attention)):
+                    run.hooks.sample_start(run=run)
                     sample(run)
-                accelerator.barrier()
+                with run.sampler.clock.phase("wait"):
+                    accelerator.barrier()
             finally:
-                run.hooks.sample_end(run=run)
+                with run.sampler.clock.phase("finish"):
+                    run.hooks.sample_end(run=run)
             summarize(run, samples, seconds=time.perf_counter() - begin)
             results = {"samples": samples, "contact sheet": folder / "contact-sheet.png"}
             return {name: path for name, path in results.items() if path.exists()}
 
-    def plan(self, samples: Path) -> list[Request]:
-        """What will be made, in the folder ``samples``."""
-        spec = self.spec
-        return plan_requests(
-            self.prompts,
-            samples,
-            extension=".png" if spec.size[0] == 1 else ".mp4",
-            seed=spec.seed,
-            first_index=spec.start_index or 0,
-            num_sample=spec.num_sample,
-            sample_name=spec.sample_name,
-            prompt_as_path=spec.prompt_as_path,
-            aes=spec.aes,
-            flow=spec.flow,
-            camera_motion=spec.camera_motion,
-        )
+    def plan(self, samples: Path, accelerator: Accelerator) -> Sequence[Request]:
+        """What will be made, in the folder ``samples``, with prompts refined if the config says so."""
+        plans = self.plans
+        if self.spec.prompter is not None:
+            plans = accelerator.from_main(self.refine)
+        requests = plan_requests(plans, self.spec, samples)
+        if self.spec.repeat is None:
+            return requests
+        repeatable = Repeatable.of(self.spec, accelerator.device)
+        return [made_again(request, self.spec, repeatable) for request in requests]
+
+    def refine(self) -> list[Plan]:
+        """The plans with texts as the prompter rewrites them."""
+        plans = refine_plans(self.plans, build("prompters", self.spec.prompter))  # type: ignore[arg-type]  # there is one
+        for before, after in zip(self.plans, plans, strict=True):
+            for old, new in zip(before.rounds.texts, after.rounds.texts, strict=True):
+                log.info('Refined "%s" to "%s"', old, new)
+        return plans
 
     def dry_run(self) -> str:
         """What would be sampled, with sizes and an estimate of memory and compute. Loads and writes nothing."""
         from opensora.core.pipelines.dry_run import describe_sampling
 
-        return describe_sampling(self.spec, self.prompts)
-
-
-def choose_prompts(spec: SampleSpec) -> list[str]:
-    """The prompts of the config, or of its prompt file, cut to ``start_index`` and ``end_index``.
-
-    Raises:
-        ConfigError: There is none.
-        DataError: The prompt file can't be used.
-    """
-    if spec.prompt is not None:
-        prompts = [spec.prompt] if isinstance(spec.prompt, str) else list(spec.prompt)
-        source = "prompt"
-    elif spec.prompt_path is not None:
-        path = find_text(spec.prompt_path) or Path(spec.prompt_path)
-        prompts, source = read_prompts(path), spec.prompt_path
-    else:
-        raise ConfigError('There is no prompt. Give --prompt "a wave" or --prompt-path prompts.txt.')
-    chosen = prompts[spec.start_index : spec.end_index]
-    if not chosen:
-        raise ConfigError(
-            f"No prompt is left: {source} has {len(prompts)}, start_index is {spec.start_index}, end_index {spec.end_index}."
-        )
-    return chosen
+        return describe_sampling(self.spec, self.requests)
 
 
 def choose_folders(spec: SampleSpec) -> tuple[Path, Path]:
@@ -145,70 +136,133 @@ def choose_folders(spec: SampleSpec) -> tuple[Path, Path]:
     return folder, make_folder(folder / "samples")
 
 
-def build_run(spec: SampleSpec, folder: Path, accelerator: Accelerator, requests: list[Request]) -> SampleRun:
+def distinct(requests: Sequence[Request]) -> Iterable[Request]:
+    """All requests; of endless ones, which are all alike, the first."""
+    return requests[:1] if isinstance(requests, EndlessRequests) else requests
+
+
+def build_run(spec: SampleSpec, folder: Path, accelerator: Accelerator, requests: Sequence[Request]) -> SampleRun:
     """Build every part of the run and place it on the device."""
     hooks = build_hooks(default_hooks(spec), spec.hooks, without=spec.without_hooks)
+    sampler = build_sampler(spec, accelerator, hooks, prompts=texts_of(distinct(requests)), keeps_encoder=False)
+    report_cuts(sampler, requests)
+    return SampleRun(
+        spec=spec,
+        folder=folder,
+        accelerator=accelerator,
+        sampler=sampler,
+        requests=requests,
+        hooks=hooks,
+        repeatable=Repeatable.of(spec, accelerator.device),
+    )
+
+
+def build_sampler(
+    spec: SampleSpec, accelerator: Accelerator, hooks: Hooks, *, prompts: Iterable[str], keeps_encoder: bool
+) -> VideoSampler:
+    """The parts of a config, placed on the device, with the prompts encoded ahead.
+
+    Args:
+        spec: Names the components.
+        accelerator: Where they run.
+        hooks: Those that take part.
+        prompts: All texts that are known to be needed.
+        keeps_encoder: Whether others may be needed later, so that the text encoder must stay.
+    """
     text_device, text_dtype = choose_text_placement(spec.text_encoder, accelerator)
     parts = build_parts(spec, size_of=lambda: spec.size)
     if spec.model.options.get("from_pretrained") is None:
         log.warning("model.from_pretrained is not set: %s has random weights, and makes noise.", spec.model.type)
     hooks.denoiser_built(denoiser=parts.denoiser, spec=spec)
     place(parts.text_encoder, accelerator, text_device, text_dtype)
-    run = SampleRun(
-        spec=spec,
-        folder=folder,
-        accelerator=accelerator,
+    guided = parts.scheduler.guide(accelerator.predictor(parts.denoiser.requires_grad_(False).eval()))
+    sampler = VideoSampler(
         parts=parts,
-        predict=wrap(accelerator.predictor(parts.denoiser.requires_grad_(False).eval()), hooks, spec),
-        requests=requests,
+        accelerator=accelerator,
         hooks=hooks,
+        guided=guided,
+        denoiser=wrap(guided, hooks, spec),
+        overlap=Overlap(length=spec.condition_frame_length, edit_ratio=spec.condition_frame_edit, align=spec.align),
+        scheduler_config=spec.scheduler,
     )
-    del parts  # the run alone holds the text encoder, so that it can be released
+    del parts  # the sampler alone holds the text encoder, so that it can be released
     if spec.text_cache_gib:
-        with run.phase("text"):
-            encode_prompts(run)
-    accelerator.place(run.parts.denoiser)
-    place(run.parts.vae, accelerator)
-    return run
+        with sampler.clock.phase("text"):
+            encode_prompts(sampler, spec, list(prompts), keeps_encoder=keeps_encoder)
+    accelerator.place(sampler.parts.denoiser)
+    place(sampler.parts.vae, accelerator)
+    return sampler
 
 
-def encode_prompts(run: SampleRun) -> None:
-    """Encode this process's prompts ahead, and release the text encoder, if the config says so and the memory suffices."""
-    encoder = CachedTextEncoder(run.parts.text_encoder, capacity=int(run.spec.text_cache_gib * 2**30))
-    texts = [request.text for requests in run.iter_batches() for request in requests]
-    run.parts = attrs.evolve(run.parts, text_encoder=encoder)
-    log.info("Encoding %d prompts", len(set(texts)))
-    if not encoder.remember(texts):
+def encode_prompts(sampler: VideoSampler, spec: SampleSpec, prompts: Sequence[str], *, keeps_encoder: bool) -> None:
+    """Encode prompts ahead, and release the text encoder, if the config says so and the memory suffices."""
+    encoder = CachedTextEncoder(sampler.parts.text_encoder, capacity=int(spec.text_cache_gib * 2**30))
+    sampler.parts = attrs.evolve(sampler.parts, text_encoder=encoder)
+    count = len(set(prompts))
+    log.info("Encoding %d prompts", count)
+    if not encoder.remember(prompts):
         log.info(
             "The embeddings of %d prompts don't fit text_cache_gib = %g: the text encoder stays in memory",
-            len(set(texts)),
-            run.spec.text_cache_gib,
+            count,
+            spec.text_cache_gib,
         )
-    elif run.spec.release_text_encoder:
+    elif spec.release_text_encoder and not keeps_encoder:
         encoder.release()
+
+
+def texts_of(requests: Iterable[Request]) -> list[str]:
+    """All texts that are to be encoded."""
+    texts: list[str] = []
+    for request in requests:
+        for text in (request.text, *request.companions):
+            texts += parse_rounds(text).texts
+        texts += [request.negative_prompt] if request.negative_prompt is not None else []
+    return texts
+
+
+def report_cuts(sampler: VideoSampler, requests: Sequence[Request]) -> None:
+    """Warn of each prompt that the text encoder reads in part, with what it leaves out."""
+    from opensora.core.text_cuts import cut_off, max_tokens
+
+    encoder, told = sampler.parts.text_encoder, set()
+    for request in distinct(requests):
+        for text in texts_of([request]):
+            if text not in told and (cut := cut_off(encoder, text)):
+                log.warning("%s", describe_cut(text, cut, max_tokens=max_tokens(encoder), which=request.path.name))
+            told.add(text)
 
 
 def default_hooks(spec: SampleSpec) -> list[ComponentConfig]:
     """The hooks that take part unless ``without_hooks`` says otherwise."""
     progress = [ComponentConfig(type="progress", options={"steps": spec.verbose > 1})] if spec.verbose else []
-    return [*progress, ComponentConfig(type="contact-sheet", options={})]
+    preview = [ComponentConfig(type="sample-previews", options={"every": spec.preview})] if spec.preview else []
+    return [*progress, *preview, ComponentConfig(type="contact-sheet", options={})]
 
 
 def summarize(run: SampleRun, samples: Path, *, seconds: float) -> None:
     """Say, and write down, what was made, where, and where the main process's time went."""
     counts = torch.tensor([run.num_saved, run.num_skipped], dtype=torch.float64, device=run.accelerator.device)
     saved, left_out = (run.accelerator.mean(counts) * run.accelerator.world_size).round().int().tolist()
+    reports = run.hooks.sample_report(run=run)
     if not run.accelerator.is_main:
         return
-    phases = {name: round(value, 3) for name, value in run.seconds.items()}
-    summary = {
+    phases = {name: round(value, 3) for name, value in run.sampler.clock.seconds.items()}
+    summary: dict[str, Any] = {
         "samples": str(samples),
         "saved": saved,
         "left_out_existing": left_out,
         "seconds": round(seconds, 3),
         "seconds_by_phase": phases,
     }
+    seams = {str(record["file"]): record["seams"] for record in read_jsonl(run.folder / SEAMS)}
+    if seams:
+        summary["seams"] = seams
+    for report in reports:
+        summary |= report
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
     listed = ", ".join(f"{name} {value:.1f} s" for name, value in phases.items())
     skipped = f" ({left_out} were there already)" if left_out else ""
     log.info("%d of %d samples%s in %s: %s", saved, len(run.requests), skipped, samples, listed)
+    if seams:
+        worst = max(seam["ratio"] for each in seams.values() for seam in each)  # type: ignore[attr-defined]  # of json
+        log.info("Seams between rounds: the largest jump is %.1f times the usual change from frame to frame", worst)

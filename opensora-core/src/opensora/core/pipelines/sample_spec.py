@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from attrs import field, frozen
 from attrs.validators import and_, ge, gt, le, optional
 
+from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import ConfigError
 from opensora.core.pipelines.composition_spec import CompositionSpec
-from opensora.core.sizes import image_size, parse_num_frames
+from opensora.core.sizes import image_size as find_image_size
+from opensora.core.sizes import parse_num_frames
 
 __all__ = ["SampleSpec"]
+
+Size = tuple[int, int, int]
 
 
 @frozen(kw_only=True)
 class SampleSpec(CompositionSpec):
     """Sample videos or images from prompts or labels."""
 
+    kinds: ClassVar[Mapping[str, str]] = {**CompositionSpec.kinds, "prompter": "prompters"}
+
     pipeline: Literal["sample"] = "sample"
 
     # ---- what
     prompt: str | list[str] | None = None
-    """One or more prompts; for class labels their numbers."""
+    """One or more prompts; for class labels their numbers. |0|a|2|b changes the text at round 2; JSON at the end may name
+    references."""
     prompt_path: str | None = None
-    """Text file with a prompt a line, or an installed one such as prompts/t2v_samples.txt; used if there is no prompt."""
+    """Prompts a line (.txt), or with settings of their own (.csv, .jsonl); or an installed list such as
+    prompts/t2v_samples.txt. Used if there is no prompt."""
+    prompt_generator: str | None = None
+    """Sample this prompt without end, if there is no other; end_index sets an end."""
+    negative_prompt: str | None = None
+    """What guidance leads away from, in place of the model's learned null."""
     start_index: int | None = None
     """First prompt to sample (of a file: as a Python slice); file names count on from it."""
     end_index: int | None = None
@@ -54,20 +66,36 @@ class SampleSpec(CompositionSpec):
     """Adds "camera motion: pan right."."""
     multi_resolution: Literal["STDiT2", "OpenSora", "PixArtMS"] | bool | None = None
     """Accepted from older configs; each model is always told the size, and takes what it knows."""
+    prompter: ComponentConfig | None = None
+    """Rewrites the prompts before they are used, such as dict(type="openai") or dict(type="templates")."""
+    llm_refine: bool = False
+    """Open-Sora's name for prompter = dict(type="openai")."""
 
-    # ---- frames to start from, and rounds: read for the sake of older configs, and refused when run (see `unbuilt`)
-    loop: int = field(default=1, validator=gt(0))
-    """Rounds, each going on from the last. More than one is not built yet."""
-    condition_frame_length: int = field(default=5, validator=gt(0))
-    """Latent frames that a round takes from the last."""
-    condition_frame_edit: float = field(default=0.0, validator=and_(ge(0), le(1)))
-    """How far those frames may change: 0 keeps them."""
-    align: int | None = field(default=None, validator=optional(gt(0)))
-    """Latent frames to whose multiples references are aligned."""
+    # ---- frames to start from, and rounds
+    image: str | None = None
+    """Image or video whose first frame the video begins with."""
+    last_image: str | None = None
+    """Image that the video ends with."""
+    extend: str | None = None
+    """Video to go on from."""
+    connect: tuple[str, str] | None = None
+    """Two images or videos to lead from one to the other."""
+    edit: str | None = None
+    """Video to change as far as ``strength`` says."""
+    strength: float | None = field(default=None, validator=optional(and_(gt(0), le(1))))
+    """How far ``edit`` goes: 0.2 retouches, 1 keeps nothing. None: 0.5."""
     reference_path: str | list[str] | None = None
-    """Images or videos to start from, one item a prompt. Not built yet."""
+    """Images or videos that mask_strategy uses, separated by ";"; a list has one item a prompt."""
     mask_strategy: str | list[str] | None = None
-    """Where the references go, one item a prompt. Not built yet."""
+    """Where references go: loop,reference,reference start,target start,length,edit ratio; a list has one item a prompt."""
+    loop: int = field(default=1, validator=gt(0))
+    """Rounds, each going on from the last: long videos."""
+    condition_frame_length: int | None = field(default=None, validator=optional(gt(0)))
+    """Latent frames that a round takes from the last, extend and connect from their videos. None: a quarter, at most 5."""
+    condition_frame_edit: float = field(default=0.0, validator=and_(ge(0), le(1)))
+    """How far the frames of the last round may change: 0 keeps them."""
+    align: int | None = field(default=None, validator=optional(gt(0)))
+    """Latent frames to whose multiples references are moved. None: what the autoencoder decodes together, if it does so."""
 
     # ---- memory
     release_text_encoder: bool = True
@@ -85,34 +113,60 @@ class SampleSpec(CompositionSpec):
     """Name files after their prompts, and leave out those that are there already."""
     skip_existing: bool = False
     """Leave out videos that are there already: goes on with a run that was ended."""
+    format: Literal["auto", "mp4", "gif", "frames"] = "auto"
+    """Of the files. auto: mp4, and png where there is one frame; frames: a folder of png files."""
+    watermark: bool | str = False
+    """Put a mark on a copy of each file: True for opensora's, or the path of a png."""
+    preview: int | None = field(default=None, validator=optional(gt(0)))
+    """Write a cheap preview of each video every so many denoising steps."""
     crf: int = field(default=18, validator=ge(0))
     """H.264's quality: 0 is lossless, 18 looks so, 28 is small."""
     verbose: int = field(default=1, validator=ge(0))
     """0: no progress, 1: progress over videos, 2: over steps too."""
 
+    repeat: str | None = None
+    """A sample that is made again: set by --from."""
+
     def __attrs_post_init__(self) -> None:
-        if self.image_size is None and (self.resolution is None or self.aspect_ratio is None):
-            raise ConfigError("The size is not set: give image_size = (height, width), or resolution and aspect_ratio.")
-        if any(side < 1 for side in self.size):
-            raise ConfigError(f"image_size is {self.image_size}; both sides must be at least 1.")
+        if self.repeat is None or self.image_size is not None:
+            self.size_of(None, None, None, None)
+        if self.llm_refine and self.prompter is not None:
+            raise ConfigError(
+                'llm_refine stands for prompter = dict(type="openai"), but there is a prompter too. Keep one.'
+            )
 
     @property
-    def size(self) -> tuple[int, int, int]:
-        """Frames, height and width in pixels.
+    def size(self) -> Size:
+        """Frames, height and width in pixels, of prompts that don't have their own.
 
         Raises:
             ConfigError: A name is unknown.
         """
-        if self.image_size is not None:
-            return parse_num_frames(self.num_frames), *self.image_size
-        return parse_num_frames(self.num_frames), *image_size(str(self.resolution), str(self.aspect_ratio))
+        return self.size_of(None, None, None, None)
 
-    def unbuilt(self, prompts: Sequence[str]) -> list[str]:
-        """What this config asks for that can be read but not run yet."""
-        references = self.reference_path or self.mask_strategy
-        in_prompts = any('{"reference_path"' in each or '{"mask_strategy"' in each for each in prompts)
-        wanted = {f"loop = {self.loop}": self.loop > 1, "references": references or in_prompts}
-        return [name for name, is_wanted in wanted.items() if is_wanted]
+    def size_of(
+        self,
+        num_frames: int | str | None,
+        image_size: tuple[int, int] | None,
+        resolution: str | None,
+        aspect_ratio: str | None,
+    ) -> Size:
+        """Frames, height and width of a prompt with these settings; None is this spec's. A size goes before names.
+
+        Raises:
+            ConfigError: A name is unknown, or the size isn't set.
+        """
+        frames = parse_num_frames(self.num_frames if num_frames is None else num_frames)
+        if image_size is None and resolution is None and aspect_ratio is None:
+            image_size, resolution, aspect_ratio = self.image_size, self.resolution, self.aspect_ratio
+        if image_size is not None:
+            if min(image_size) < 1:
+                raise ConfigError(f"image_size is {image_size}; both sides must be at least 1.")
+            return frames, *image_size
+        resolution, aspect_ratio = resolution or self.resolution, aspect_ratio or self.aspect_ratio
+        if resolution is None or aspect_ratio is None:
+            raise ConfigError("The size is not set: give image_size = (height, width), or resolution and aspect_ratio.")
+        return frames, *find_image_size(resolution, aspect_ratio)
 
     @property
     def file_fps(self) -> float:

@@ -57,6 +57,7 @@ def encode(run: TrainRun, batch: Batch) -> tuple[Tensor, Conditioning]:
         height=sizes.height,
         width=sizes.width,
         num_frames=sizes.num_frames,
+        latent_frames=torch.full((len(latents),), float(latents.shape[2])),
         aspect_ratio=sizes.aspect_ratio,
     ).to(device)
     if dropout := getattr(run.denoiser, "condition_dropout", 0.0):

@@ -176,6 +176,12 @@ class VideoAutoencoderPipeline(nn.Module):
         """The weight at which the adversarial loss is balanced with the others."""
         return self.temporal_vae.decoder.conv_out.conv.weight  # type: ignore[return-value]  # no Tensor | Module
 
+    @property
+    def latent_chunk(self) -> int | None:
+        """Latent frames that are decoded together, apart from all others; None: a whole video is."""
+        chunk = self.spec.micro_frame_size
+        return None if chunk is None else self.temporal_vae.latent_frames(chunk)
+
     def latent_frames(self, num_frames: int) -> int:
         """How many latent frames a video of so many frames has."""
         if not (chunk := self.spec.micro_frame_size):

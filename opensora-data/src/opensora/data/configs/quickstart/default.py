@@ -55,6 +55,12 @@ stages = dict(
             keep_in_memory=True,
         ),
         seed=_seed,
+        mask_ratios=dict(  # some clips are trained with frames given, so that the model can also animate and extend
+            image_head=0.15,
+            quarter_head=0.15,
+            image_tail=0.05,
+            image_head_tail=0.05,
+        ),
         batch_size=8,
         max_steps=5000,
         lr=2e-3,

@@ -33,7 +33,7 @@ from opensora.core.hooking import Hooks, build_hooks
 from opensora.core.loading import Batch, Place, SampleOrder, Slicing, UnreadableFiles, iter_batches
 from opensora.core.pipelines.sample_loop import SavedSample
 from opensora.core.pipelines.train import clip_size, new_listing
-from opensora.core.prompts import Request
+from opensora.core.requests import Target
 from opensora.core.protocols import Dataset
 from opensora.core.randomness import SampleKey
 from opensora.core.run_folder import (
@@ -148,7 +148,7 @@ class ReconstructionRun:
     no_lpips: str
     """Why there is no LPIPS; empty if there is."""
     hooks: Hooks
-    requests: Sequence[Request]
+    requests: Sequence[Target]
     """The files that show original and reconstruction beside each other."""
     statistics: ChannelStatistics = field(factory=ChannelStatistics)
 
@@ -196,7 +196,7 @@ def build_run(spec: SampleVAESpec, folder: Path, accelerator: Accelerator) -> Re
         measures=Measures.of(spec, None if lpips is None else lpips.to(accelerator.device)),
         no_lpips=no_lpips,
         hooks=build_hooks(default_hooks(spec), spec.hooks, without=spec.without_hooks),
-        requests=[Request(prompt=file.stem, text="", seed=spec.seed, path=file) for file in files],
+        requests=[Target(prompt=file.stem, path=file) for file in files],
     )
 
 
@@ -268,7 +268,7 @@ def save(
                 write_video(path, each, 24.0 if fps is None else float(fps[row]), crf=run.spec.crf)
     record = {"index": index, "path": batch.paths[row], "num_frames": len(beside), **measured}
     append_jsonl(run.folder / RECORDS, record)
-    run.hooks.sample_saved(run=run, sample=SavedSample(request=request, frames=beside))
+    run.hooks.sample_saved(run=run, sample=SavedSample(request=request))
 
 
 def summarize(run: ReconstructionRun, statistics: ChannelStatistics, *, seconds: float) -> None:
@@ -294,7 +294,7 @@ def summarize(run: ReconstructionRun, statistics: ChannelStatistics, *, seconds:
     log.info("%d of %d clips in %.1f s: %s", len(records), run.order.num_samples, seconds, listed)
     psnrs = {int(str(record["index"])): float(str(record["psnr"])) for record in records}
     run.requests = [
-        Request(prompt=f"{each.prompt}: PSNR {psnrs[index]:.2f} dB", text="", seed=each.seed, path=each.path)
+        Target(prompt=f"{each.prompt}: PSNR {psnrs[index]:.2f} dB", path=each.path)
         for index, each in enumerate(run.requests)
         if index in psnrs
     ]

@@ -1,0 +1,124 @@
+"""Frames that a video starts from, as latents: of references, and of the round before.
+
+Shapes: C latent channels, T H W frames and size in pixels, t latent frames.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from attrs import field, frozen
+from attrs.validators import ge
+from torch import Tensor
+
+from opensora.core.errors import ConfigError, ShapeError
+from opensora.core.mask_strategy import FrameEdit
+from opensora.core.protocols import Size, VideoAutoencoder
+from opensora.core.requests import Request
+
+__all__ = ["Overlap", "ReferenceLatents"]
+
+log = logging.getLogger(__name__)
+_USUAL_LENGTH = 5  # latent frames: as published
+
+
+@frozen(kw_only=True)
+class Overlap:
+    """How many latent frames a round takes from the one before, or from a video that it goes on from."""
+
+    length: int | None = field(default=None)
+    """Latent frames. None: a quarter of the video's, at most 5; whole chunks where the autoencoder has them."""
+    edit_ratio: float = field(default=0.0, validator=ge(0))
+    """How far they may change: 0 keeps them."""
+    align: int | None = None
+    """To whose multiples frames are moved; None: the autoencoder's chunk, if it has one."""
+
+    def alignment(self, vae: VideoAutoencoder) -> int | None:
+        """``align``, or the number of latent frames that the autoencoder decodes together and apart from all others."""
+        return self.align or getattr(vae, "latent_chunk", None)
+
+    def latent_frames(self, vae: VideoAutoencoder, size: Size) -> int:
+        """The length, for videos of ``size`` (T, H, W)."""
+        if self.length is not None:
+            return self.length
+        usual = max(1, min(_USUAL_LENGTH, vae.latent_size(size)[0] // 4))
+        chunk = self.alignment(vae) or 1
+        return -(-usual // chunk) * chunk
+
+    def frames(self, vae: VideoAutoencoder, size: Size) -> int:
+        """How many frames in pixels that length stands for, at the beginning of a video of ``size``.
+
+        Raises:
+            ConfigError: It is no whole number of the autoencoder's chunks, or none is left to go on with.
+        """
+        wanted, chunk = self.latent_frames(vae, size), self.alignment(vae) or 1
+        total = vae.latent_size(size)[0]
+        if wanted >= total:
+            raise ConfigError(
+                f"condition_frame_length is {wanted}, but a round of {size[0]} frames has {total} latent frames, so that "
+                "nothing would be new. Take a smaller number, or more frames."
+            )
+        fitting = (
+            []
+            if wanted % chunk
+            else [frames for frames in range(1, size[0]) if _latent_frames(vae, frames, size) == wanted]
+        )
+        if not fitting:
+            below, above = wanted // chunk * chunk or chunk, -(-wanted // chunk) * chunk
+            raise ConfigError(
+                f"condition_frame_length is {wanted}, but this autoencoder decodes {chunk} latent frames together. "
+                f"Nearest: {below}{f' and {above}' if above != below else ''}."
+            )
+        return max(fitting)
+
+
+def _latent_frames(vae: VideoAutoencoder, frames: int, size: Size) -> int | None:
+    try:
+        return vae.latent_size((frames, *size[1:]))[0]
+    except ShapeError:
+        return None  # a length that this autoencoder can't do
+
+
+@frozen(kw_only=True, eq=False)
+class ReferenceLatents:
+    """What one request starts from."""
+
+    latents: Sequence[Tensor]
+    """[C, t, h, w] of each reference."""
+    edits: Sequence[FrameEdit]
+    """Where they go, in all rounds."""
+    sources: Sequence[str]
+    """Paths or addresses, for messages."""
+
+    @classmethod
+    def load(cls, request: Request, vae: VideoAutoencoder, device: torch.device, overlap: Overlap) -> ReferenceLatents:
+        """Read and encode the request's references.
+
+        Raises:
+            DataError: A file can't be read.
+            ConfigError: What is asked of them makes no sense.
+        """
+        if not request.given:
+            return cls(latents=[], edits=[], sources=[])
+        from opensora.core.references import load_reference
+
+        sources, edits = request.given.resolve(overlap.latent_frames(vae, request.size))
+        latents = []
+        for source in sources:
+            reference = load_reference(source, height=request.size[1], width=request.size[2], fps=request.frame_fps)
+            for note in reference.notes:
+                log.info("%s: %s", request.path.name, note)
+            latents.append(_encode(vae, reference.video.to(device), source))
+        return cls(latents=latents, edits=edits, sources=sources)
+
+
+@torch.inference_mode()
+def _encode(vae: VideoAutoencoder, video: Tensor, source: str) -> Tensor:
+    """[3, T, H, W] -> [C, t, h, w]: the mean of the posterior, so that a reference is no matter of chance."""
+    size = (video.shape[1], video.shape[2], video.shape[3])
+    usable = next(frames for frames in range(size[0], 0, -1) if _latent_frames(vae, frames, size) is not None)
+    if usable < size[0]:
+        log.info("%s: the autoencoder takes %d of its %d frames", source, usable, size[0])
+    return vae.encode(video[None, :, :usable])[0]
