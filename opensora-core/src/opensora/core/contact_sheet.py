@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -79,11 +81,11 @@ def draw_contact_sheet(
         note = f"{len(rows) - len(strips)} more rows are not shown."
         draw.text((_MARGIN, layout.height - _MARGIN - _LINE_HEIGHT), note, _FAINT, _font(_FONT_SIZE))
     for index, strip in enumerate(strips):
-        left, top = layout.place(index)
-        text_top = top + (layout.row_height - _GAP - len(strip.lines) * _LINE_HEIGHT) // 2
+        left, top = layout.places[index]
+        text_top = top + (strip.row_height - len(strip.lines) * _LINE_HEIGHT) // 2
         for number, line in enumerate(strip.lines):
             draw.text((left, text_top + number * _LINE_HEIGHT), line, _INK, _font(_FONT_SIZE))
-        frame_top = top + (layout.row_height - _GAP - strip.height) // 2
+        frame_top = top + (strip.row_height - strip.height) // 2
         for number, picture in enumerate(strip.pictures):
             sheet.paste(picture, (left + _CAPTION_WIDTH + number * (strip.width + _GAP), frame_top))
     return sheet
@@ -115,46 +117,54 @@ class _Strip:
     def height(self) -> int:
         return self.pictures[0].height
 
+    @property
+    def row_height(self) -> int:
+        """Of the frames or the caption, whichever is higher."""
+        return max(self.height, len(self.lines) * _LINE_HEIGHT)
+
 
 @frozen(kw_only=True)
 class _Layout:
-    """Where each row goes: ``columns`` columns of ``per_column`` rows."""
+    """Where each row goes, and the size of the sheet."""
 
-    columns: int
-    per_column: int
-    row_height: int
-    block_width: int
-    top: int
-    bottom: int
+    width: int
+    height: int
+    places: list[tuple[int, int]]
+    """Left and top of each row."""
 
     @classmethod
     def of(cls, strips: Sequence[_Strip], *, has_title: bool, has_note: bool) -> _Layout:
-        row_height = _GAP + max(max(strip.height, len(strip.lines) * _LINE_HEIGHT) for strip in strips)
         frames_width = max(len(strip.pictures) * (strip.width + _GAP) for strip in strips)
         block_width = _CAPTION_WIDTH + frames_width - _GAP
-        wanted = math.sqrt(_WIDTH_TO_HEIGHT * len(strips) * row_height / (block_width + _BLOCK_GAP))
-        per_column = math.ceil(len(strips) / min(len(strips), max(1, round(wanted))))
+        heights = [strip.row_height + _GAP for strip in strips]
+        columns = _in_columns(heights, math.sqrt(_WIDTH_TO_HEIGHT * sum(heights) / (block_width + _BLOCK_GAP)))
+        top = _MARGIN + (2 * _TITLE_SIZE if has_title else 0)
+        bottom = _MARGIN + (2 * _LINE_HEIGHT if has_note else 0)
+        places = []
+        for number, column in enumerate(columns):
+            left = _MARGIN + number * (block_width + _BLOCK_GAP)
+            places += [(left, top + above - height) for above, height in zip(accumulate(column), column, strict=True)]
         return cls(
-            columns=math.ceil(len(strips) / per_column),
-            per_column=per_column,
-            row_height=row_height,
-            block_width=block_width,
-            top=_MARGIN + (2 * _TITLE_SIZE if has_title else 0),
-            bottom=_MARGIN + (2 * _LINE_HEIGHT if has_note else 0),
+            width=2 * _MARGIN + len(columns) * (block_width + _BLOCK_GAP) - _BLOCK_GAP,
+            height=top + max(map(sum, columns)) - _GAP + bottom,
+            places=places,
         )
 
-    @property
-    def width(self) -> int:
-        return 2 * _MARGIN + self.columns * (self.block_width + _BLOCK_GAP) - _BLOCK_GAP
 
-    @property
-    def height(self) -> int:
-        return self.top + self.per_column * self.row_height - _GAP + self.bottom
+def _in_columns(heights: Sequence[int], wanted: float) -> list[list[int]]:
+    """Heights of rows, in order, cut into about ``wanted`` columns, the highest of which is as low as can be."""
+    number = min(len(heights), max(1, round(wanted)))
+    limits = range(max(heights), sum(heights) + 1)
+    return _cut(heights, limits[bisect_left(limits, True, key=lambda limit: len(_cut(heights, limit)) <= number)])
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Left and top of a row."""
-        column, line = divmod(index, self.per_column)
-        return _MARGIN + column * (self.block_width + _BLOCK_GAP), self.top + line * self.row_height
+
+def _cut(heights: Sequence[int], limit: int) -> list[list[int]]:
+    columns: list[list[int]] = [[]]
+    for height in heights:
+        if sum(columns[-1]) + height > limit:
+            columns.append([])
+        columns[-1].append(height)
+    return columns
 
 
 def _scaled(picture: Image.Image, frame_size: int) -> Image.Image:

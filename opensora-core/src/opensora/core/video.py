@@ -1,4 +1,4 @@
-"""Reading and writing video and image files, through PyAV and Pillow.
+"""Reading video and image files, through PyAV and Pillow. How they are written: `opensora.core.video_writing`.
 
 Frames in memory are uint8 RGB, [T, H, W, 3]: T frames, H height, W width. `to_uint8` makes them from model output.
 Files that can't be used raise `DataError` with the path and the cause; libav itself prints nothing.
@@ -7,26 +7,25 @@ Files that can't be used raise `DataError` with the path and the cause; libav it
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from struct import error as StructError
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self
-from uuid import uuid4
+from typing import TYPE_CHECKING, NoReturn, Self, TypeVar
 
 import av
 import numpy as np
 import torch
-from attrs import frozen
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from attrs import evolve, frozen
+from av.stream import Disposition
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from opensora.core.errors import DataError, MachineError, ShapeError
+from opensora.core.errors import DataError
+from opensora.core.video_writing import Sink, VideoWriter, open_sink, to_uint8, write_image, write_video
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -36,13 +35,18 @@ if TYPE_CHECKING:
 __all__ = [
     "IMAGE_EXTENSIONS",
     "VIDEO_EXTENSIONS",
+    "Sink",
     "VideoFile",
     "VideoInfo",
+    "VideoWriter",
     "is_image",
     "is_video",
+    "load_image",
+    "open_sink",
     "probe_video",
     "read_image",
     "read_video",
+    "reading_image",
     "to_uint8",
     "write_image",
     "write_video",
@@ -51,8 +55,20 @@ __all__ = [
 VIDEO_EXTENSIONS = frozenset({".mp4", ".avi", ".mov", ".mkv"})
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
+_Made = TypeVar("_Made")
+
 _UNKNOWN_FPS = 24.0
-_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, StructError, Image.DecompressionBombError)  # all that Pillow raises
+_IMAGE_ERRORS = (  # all that Pillow raises
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    EOFError,
+    RuntimeError,
+    ArithmeticError,
+    StructError,
+    Image.DecompressionBombError,
+)
 
 
 def is_video(path: str | Path) -> bool:
@@ -107,21 +123,31 @@ def read_video(path: str | Path, indices: Iterable[int] | None = None) -> tuple[
 class VideoFile:
     """A video file open for reading: what it is in `info`, its frames through `read`. A context manager.
 
-    A flag that asks players to rotate the picture is ignored, as the field's loaders do.
+    Args:
+        as_shown: Turn the frames as a flag in the file asks players to, and stretch them if their pixels aren't square.
+            Without it both are ignored, as the field's loaders do.
 
     Raises:
         DataError: The file is missing, cut short, empty, or no video.
     """
 
     info: VideoInfo
+    remarks: Sequence[str]
+    """What ``as_shown`` changed, in words."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, as_shown: bool = False) -> None:
         self.path = Path(path)
+        self.remarks = []
         self._packets: _PacketTable | None = None
+        self._quarter_turns = 0  # counterclockwise
+        self._stretched_width: int | None = None
         self._container = _open(self.path)
         try:
             self._stream = self._video_stream()
             self.info = self._probe()
+            self._stored_size = (self.info.width, self.info.height)
+            if as_shown:
+                self._prepare_to_show()
         except BaseException as error:
             self.close()
             if isinstance(error, av.FFmpegError):
@@ -148,38 +174,79 @@ class VideoFile:
         Raises:
             DataError: The file has no such frame, or it can't be decoded.
         """
+        return torch.from_numpy(np.stack(self.map(lambda picture: picture, indices)))
+
+    def map(self, function: Callable[[NDArray[np.uint8]], _Made], indices: Iterable[int]) -> list[_Made]:
+        """As `read`, but only what ``function`` makes of each frame [H, W, 3] is kept, so that large frames needn't be held.
+
+        Raises:
+            DataError: The file has no such frame, or it can't be decoded.
+        """
         indices = list(indices)
         wanted = set(indices)
         if not wanted:
-            self._fail("no frame of it was asked for.")
+            self._fail("has frames, but none was asked for.")
         if min(wanted) < 0 or max(wanted) >= self.info.num_frames:
             self._fail(f"has frames 0 to {self.info.num_frames - 1}; asked for {min(wanted)} to {max(wanted)}.")
-        found: dict[int, NDArray[np.uint8]] = {}
+        found: dict[int, _Made] = {}
         try:
             if min(wanted) > 0:
-                found = self._collect(self._decode_from(min(wanted)), wanted)
+                found = self._collect(self._decode_from(min(wanted)), wanted, function)
             if len(found) < len(wanted):  # from the start; or the time stamps misled us, and counting frames settles it
-                found = self._collect(self._decode_all(), wanted)
+                found = self._collect(self._decode_all(), wanted, function)
         except av.FFmpegError as error:
             self._fail(f"is damaged near frame {len(found)} of {self.info.num_frames}: {error.strerror}.", error)
         if missing := wanted - found.keys():
             self._fail_truncated(min(missing), self.info.num_frames)
-        return torch.from_numpy(np.stack([found[index] for index in indices]))
+        return [found[index] for index in indices]
 
-    def _collect(self, frames: Iterator[tuple[int, VideoFrame]], wanted: set[int]) -> dict[int, NDArray[np.uint8]]:
-        found: dict[int, NDArray[np.uint8]] = {}
+    def times(self) -> list[float]:
+        """Seconds from the first frame to each, by the file's time stamps; evenly spaced where it has none."""
+        times, base = self._scan().times, self._stream.time_base
+        if times is None or base is None or len(times) != self.info.num_frames:
+            return [index / self.info.fps for index in range(self.info.num_frames)]
+        return [float((time - times[0]) * base) for time in times]
+
+    def _collect(
+        self, frames: Iterator[tuple[int, VideoFrame]], wanted: set[int], function: Callable[[NDArray[np.uint8]], _Made]
+    ) -> dict[int, _Made]:
+        found: dict[int, _Made] = {}
         last = max(wanted)
-        size = (self.info.width, self.info.height)
+        size = self._stored_size
         for index, frame in frames:
             if index in wanted:
                 if frame.is_corrupt:
                     self._fail(f"is damaged at frame {index} of {self.info.num_frames}.")
                 if (frame.width, frame.height) != size:
                     self._fail(f"changes its size from {size} to {(frame.width, frame.height)} at frame {index}.")
-                found[index] = np.asarray(frame.to_ndarray(format="rgb24", threads=1), np.uint8)
+                found[index] = function(self._picture(frame))
             if index >= last:
                 break
         return found
+
+    def _picture(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        """[H, W, 3]."""
+        picture = np.asarray(frame.to_ndarray(format="rgb24", width=self._stretched_width, threads=1), np.uint8)
+        return np.ascontiguousarray(np.rot90(picture, self._quarter_turns))
+
+    def _prepare_to_show(self) -> None:
+        """Find out how players turn and stretch the frames, and let ``info`` have the size that results."""
+        remarks = []
+        width, height = self._stored_size
+        pixel_width = self._stream.sample_aspect_ratio or Fraction(1)
+        if pixel_width != 1 and Fraction(1, 4) <= pixel_width <= 4:  # others are damage
+            self._stretched_width = round(width * pixel_width)
+            remarks.append(f"stretched from {height} x {width}, since its pixels aren't square")
+            width = self._stretched_width
+        first = next((frame for _, frame in self._decode_all()), None)
+        self._quarter_turns = round(first.rotation / 90) % 4 if first else 0
+        if self._quarter_turns:
+            way = ("90 degrees to the left", "180 degrees", "90 degrees to the right")[self._quarter_turns - 1]
+            remarks.append(f"turned by {way}, as it asks players to")
+        if self._quarter_turns % 2:
+            height, width = width, height
+        self.info = evolve(self.info, height=height, width=width)
+        self.remarks = remarks
 
     def _decode_all(self) -> Iterator[tuple[int, VideoFrame]]:
         """(index, frame) from the start."""
@@ -203,10 +270,11 @@ class VideoFile:
         name = self._container.format.name
         if name == "image2" or name.endswith("_pipe"):
             self._fail(f"is an image ({name.removesuffix('_pipe')}), not a video.")
-        if not self._container.streams.video:
+        videos = [each for each in self._container.streams.video if not each.disposition & Disposition.attached_pic]
+        if not videos:  # the cover of a sound file is none
             found = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
             self._fail(f"has no video frames (format {name}, holds {found}): not a video, or cut short.")
-        stream = self._container.streams.video[0]
+        stream = videos[0]
         if stream.codec_context is None:
             self._fail("has a video track that nothing here can decode: damaged, or of an unknown codec.")
         stream.codec_context.thread_count = 1  # loader workers are the parallelism; threads cost small clips dear
@@ -270,6 +338,7 @@ class _PacketTable:
     def __init__(self, stamps: Sequence[tuple[int | None, bool]], *, exact: bool) -> None:
         times = sorted(time for time, _ in stamps if time is not None)
         self._can_seek = exact and len(set(times)) == len(stamps)
+        self.times = times if self._can_seek else None
         if not self._can_seek:
             times = list(range(len(stamps)))
         self._times = times
@@ -335,12 +404,34 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         DataError: The file is missing, cut short, or no image.
     """
+    with reading_image(path) as image:
+        return image.convert("RGB")
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """An image in the mode that the file has, read completely.
+
+    Raises:
+        DataError: The file is missing, cut short, or no image.
+    """
+    with reading_image(path) as image:
+        image.load()
+        return image
+
+
+@contextmanager
+def reading_image(path: str | Path) -> Iterator[Image.Image]:
+    """Pillow's image, open for the length of the block; what Pillow raises in it is translated.
+
+    Raises:
+        DataError: The file is missing, cut short, or no image.
+    """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; an image file was expected.")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            yield image
     except UnidentifiedImageError as error:
         raise DataError(f"{path} is not an image{_video_note(path)}.") from error
     except _IMAGE_ERRORS as error:
@@ -353,107 +444,3 @@ def _video_note(path: Path) -> str:
     except DataError:
         return " that Pillow can read"
     return f" but a video of {info.num_frames} frames"
-
-
-def to_uint8(video: Tensor) -> Tensor:
-    """Model output [3, T, H, W] in [-1, 1] (clamped) to frames uint8 [T, H, W, 3], rounded to the nearest."""
-    pixels = video.detach().float().clamp(-1, 1).add(1).mul(127.5).add(0.5)
-    return pixels.clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
-def write_video(
-    path: str | Path,
-    frames: Tensor | NDArray[np.uint8],
-    fps: float,
-    *,
-    crf: int = 18,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write an mp4 that plays in a browser (H.264, yuv420p, BT.709, index first); missing folders are made.
-
-    The file appears whole or not at all, and the same frames give the same bytes. 4:2:0 chroma needs an even height and
-    width: odd ones are extended by repeating the last row or column.
-
-    Args:
-        frames: uint8 [T, H, W, 3].
-        fps: Frames a second.
-        crf: x264's quality, 0 to 51, lower is better: 18 is hard to tell from the original; 1 to 4 keeps tiny pictures
-            nearly as they are; 0 is lossless, in a profile that some browsers don't play.
-        metadata: Tags to store in the file; `probe_video` gives them back.
-
-    Raises:
-        ShapeError: ``frames`` aren't uint8 [T, H, W, 3] with at least one frame.
-        MachineError: The file can't be written: permissions, full disk.
-    """
-    pixels = _even(_as_frames(frames))
-    height, width = pixels.shape[1:3]
-    with (
-        _replacing(Path(path)) as temporary,
-        av.open(
-            f"file:{temporary}", "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}
-        ) as container,
-    ):
-        container.metadata.update(metadata or {})
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        codec = stream.codec_context
-        codec.thread_count = 1 if height * width < 256 * 256 else 4  # by size alone: it changes x264's output
-        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
-        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for picture in pixels:
-            rgb = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            yuv = rgb.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1
-            )
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode())
-
-
-def write_image(
-    path: str | Path, frame: Tensor | NDArray[np.uint8], *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a png; missing folders are made. The file appears whole or not at all.
-
-    Args:
-        frame: uint8 [H, W, 3].
-        metadata: Text chunks to store in the file.
-
-    Raises:
-        ShapeError: ``frame`` isn't uint8 [H, W, 3].
-        MachineError: The file can't be written: permissions, full disk.
-    """
-    picture = Image.fromarray(_as_frames(frame[None])[0])
-    chunks = PngInfo()
-    for name, text in (metadata or {}).items():
-        chunks.add_itxt(name, text)
-    with _replacing(Path(path)) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=chunks)
-
-
-def _as_frames(frames: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
-    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else frames
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
-        raise ShapeError(f"Frames must be uint8 [T, H, W, 3]; got {array.dtype} {list(array.shape)}. See to_uint8.")
-    return np.ascontiguousarray(array)
-
-
-def _even(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    _, height, width, _ = frames.shape
-    if height % 2 == width % 2 == 0:
-        return frames
-    return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place if the block succeeds and is removed if it doesn't."""
-    temporary = path.with_name(f".{uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, av.FFmpegError) as error:
-        raise MachineError(f"{path} can't be written: {error.strerror or error}.") from error

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from attrs import field, frozen
 from attrs.validators import gt
 
 from opensora.core.contact_sheet import write_contact_sheet
+from opensora.core.errors import DataError
+from opensora.core.frame_sources import open_frames
 from opensora.core.hookspecs import hook
-from opensora.core.video import VideoFile, is_image, read_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,20 +47,20 @@ class ContactSheet:
         """Write the sheet of what is there."""
         if not run.accelerator.is_main:
             return
-        rows = [
-            (request.prompt, self.frames(request.path))
-            for request in run.requests[: self.spec.max_rows]
-            if request.path.exists()
-        ]
+        rows = []
+        for request in run.requests[: self.spec.max_rows]:
+            if request.path.exists():
+                try:
+                    rows.append((request.prompt, self.frames(request.path)))
+                except DataError as error:  # of an earlier run, say: the others are shown all the same
+                    log.warning("Not on the contact sheet: %s", error)
         if rows:
             path = run.folder / "contact-sheet.png"
             write_contact_sheet(path, rows)
             log.info("Contact sheet %s", path)
 
     def frames(self, path: Path) -> torch.Tensor:
-        """[T, H, W, 3] uint8, at most ``max_frames``."""
-        if is_image(path):
-            return torch.from_numpy(np.array(read_image(path)))[None]
-        with VideoFile(path) as file:
-            shown = min(file.info.num_frames, self.spec.max_frames)
-            return file.read(torch.linspace(0, file.info.num_frames - 1, shown).round().int().tolist())
+        """[T, H, W, 3] uint8 of any kind of result, at most ``max_frames``."""
+        with open_frames(path) as source:
+            shown = min(source.info.num_frames, self.spec.max_frames)
+            return source.read(torch.linspace(0, source.info.num_frames - 1, shown).round().int().tolist())
