@@ -244,8 +244,8 @@ def _start(edit: FrameEdit, start: int, frames: int, align: int | None, whose: s
     """A start that counts from 0."""
     if not _has(frames, start):
         raise ConfigError(
-            f'Mask strategy "{_print_entry(edit)}" starts at latent frame {start} of {whose}, which has {frames}: '
-            + (f"from {-frames} to {frames - 1} there are." if frames else "there is none.")
+            f'Mask strategy "{_print_entry(edit)}" starts at latent frame {start} of {whose}, which has {frames}'
+            + (f"; a start is from {-frames} to {frames - 1}." if frames else ".")
         )
     resolved = start % frames
     return resolved if align is None else nearest_multiple(resolved, align, frames)
@@ -256,4 +256,5 @@ def _has(count: int, index: int) -> bool:
 
 
 def _no_reference(edit: FrameEdit, count: int) -> str:
-    return f"reference {edit.reference} is missing: there are {count}, counted from 0."
+    there = f"there are {count}, counted from 0" if count else "there is none"
+    return f"reference {edit.reference} is missing: {there}."

@@ -52,16 +52,24 @@ def split_suffix(prompt: str) -> tuple[str, dict[str, str]]:
             hint = did_you_mean(member.key, _SUFFIX_KEYS) or f" It may have {' and '.join(_SUFFIX_KEYS)}."
             message = f"prompt: {quoted(member.key)} is no key of a prompt's JSON.{hint}"
             raise ConfigError(pointed(message, prompt, member.key_column))
-        value = member.value
-        if isinstance(value, list) and member.key == "reference_path" and all(isinstance(each, str) for each in value):
-            value = join_references(value)
-        if not isinstance(value, str):
-            message = f"prompt: {member.key} must be a text, not {quoted(member.written)}."
-            if value is None:
-                message = f"prompt: {member.key} can't be null. Leave it out for what the run says, or give a text."
-            raise ConfigError(pointed(message, prompt, member.value_column))
-        values[member.key] = value
+        values[member.key] = _text_of(member, prompt)
     return prompt[:brace], values
+
+
+def _text_of(member: _Member, prompt: str) -> str:
+    """The value of a member; a list of paths is joined."""
+    value = member.value
+    if isinstance(value, str):
+        return value
+    message = f"prompt: {member.key} must be a text, not {quoted(member.written)}."
+    if value is None:
+        message = f"prompt: {member.key} can't be null. Leave it out for what the run says, or give a text."
+    elif isinstance(value, list) and member.key == "reference_path" and all(isinstance(each, str) for each in value):
+        try:
+            return join_references(value)
+        except ConfigError as error:
+            message = f"prompt: {error}"
+    raise ConfigError(pointed(message, prompt, member.value_column))
 
 
 def _check_json(prompt: str, brace: int) -> None:
