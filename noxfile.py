@@ -11,7 +11,11 @@ import nox
 PACKAGES = ["opensora-core", "opensora-models", "opensora-schedulers", "opensora-data", "opensora-accel"]
 TESTING = ["setuptools>=77", "pytest", "pytest-timeout", "pytest-socket", "pytest-xdist", "hypothesis", "psutil"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tests run side by side
-PARTS = {"opensora-core": "[tensorboard,plot]", "opensora-models": "[minilm,8bit]", "opensora-data": "[quickstart]"}
+PARTS = {
+    "opensora-core": "[tensorboard,plot,openai]",
+    "opensora-models": "[minilm,8bit]",
+    "opensora-data": "[quickstart]",
+}
 
 nox.needs_version = ">=2024.4.15"
 nox.options.sessions = ["tests", "lint", "types", "imports", "docs"]

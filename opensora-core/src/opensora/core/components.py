@@ -46,6 +46,7 @@ KINDS: Mapping[str, str] = {
     "vaes": "VAE",
     "discriminators": "discriminator",
     "text_encoders": "text encoder",
+    "prompters": "prompter",
     "schedulers": "scheduler",
     "datasets": "dataset",
     "accelerators": "accelerator",

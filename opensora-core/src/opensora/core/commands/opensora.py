@@ -12,7 +12,7 @@ from typing import Any
 from opensora.core import components
 from opensora.core.commands import _convert
 from opensora.core.commands._main import Parser, run_command, set_up_logging
-from opensora.core.errors import ComponentError, ConfigError, did_you_mean
+from opensora.core.errors import ComponentError, ConfigError, MachineError, did_you_mean
 
 __all__ = ["main"]
 
@@ -117,7 +117,7 @@ def _verify(options: argparse.Namespace) -> int:
     try:
         report = check(_kind(options.kind), options.name, on_pass=lambda title: print(f"ok  {title}"), **keywords)
     except AssertionError as error:
-        if isinstance(error.__cause__, ConfigError | ComponentError):
+        if isinstance(error.__cause__, ConfigError | ComponentError | MachineError):
             raise error.__cause__ from None  # what was asked for can't be, which says nothing about the component
         print(f"FAILED  {error}", file=sys.stderr)
         return 1

@@ -13,7 +13,17 @@ was expected.
 
 from opensora.core.testing._denoisers import check_denoiser
 from opensora.core.testing._encoders import check_text_encoder, check_vae
+from opensora.core.testing._prompters import check_prompter
 from opensora.core.testing._report import Report, check
 from opensora.core.testing._schedulers import ToyDenoiser, check_scheduler
 
-__all__ = ["Report", "ToyDenoiser", "check", "check_denoiser", "check_scheduler", "check_text_encoder", "check_vae"]
+__all__ = [
+    "Report",
+    "ToyDenoiser",
+    "check",
+    "check_denoiser",
+    "check_prompter",
+    "check_scheduler",
+    "check_text_encoder",
+    "check_vae",
+]

@@ -18,6 +18,7 @@ _CHECKERS = {
     "schedulers": ("_schedulers", "check_scheduler"),
     "text_encoders": ("_encoders", "check_text_encoder"),
     "vaes": ("_encoders", "check_vae"),
+    "prompters": ("_prompters", "check_prompter"),
 }
 
 
