@@ -30,9 +30,8 @@ __all__ = ["FrameSource", "frames_of", "open_frames"]
 _Made = TypeVar("_Made")
 
 _UNKNOWN_FPS = 24.0
-_ANIMATIONS = frozenset(
-    {"GIF", "WEBP", "PNG", "AVIF"}
-)  # formats whose frames are of one film; others have pages, or two eyes
+_PICTURES = frozenset({"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"})
+_ANIMATIONS = frozenset({"GIF", "WEBP", "PNG", "AVIF"})  # others have pages, or a picture for each eye
 _HURRIED_MS, _SHOWN_MS = 10, 100  # browsers show a frame of at most 10 ms for 100 ms
 _HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"})
 
@@ -316,8 +315,8 @@ def _numerically(name: str) -> list[tuple[int, str]]:
 
 def _is_picture(path: Path) -> bool:
     try:
-        with Image.open(path):
-            return True
+        with Image.open(path) as image:
+            return image.format in _PICTURES
     except Image.DecompressionBombError:
         return True
     except (OSError, SyntaxError, ValueError):

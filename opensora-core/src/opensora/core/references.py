@@ -79,7 +79,7 @@ def load_reference(
         path.unlink(missing_ok=True)  # it may be another file next time
         raise DataError(f"{source}, downloaded: {error}") from error
     changes = [*opened.remarks, *_size_note(opened, height, width), *rate_note]
-    notes = [f"{_name(source)}: {', '.join(changes)}"] if changes else []
+    notes = [f"{_name(source)}: {'; '.join(changes)}"] if changes else []
     return Reference(video=video, source=source, digest=digest_of(path), notes=notes)
 
 
@@ -97,17 +97,26 @@ def _chosen(source: FrameSource, fps: float | None, frames: slice) -> tuple[list
     count = source.info.num_frames
     shown, notes = list(range(count)), []
     if fps is not None and not source.is_image:
-        shown = _nearest(source.times(), source.info.fps, fps)
+        times = source.times()
+        own_fps = _mean_rate(times, source.info.fps)
+        shown = _nearest(times, own_fps, fps)
         if shown != list(range(count)):
             used = len(set(shown))
             told = f"{used} of {count} frames" if used == len(shown) else f"{len(shown)} frames from {used}"
-            notes.append(f"resampled from {source.info.fps:.5g} to {fps:.5g} frames/s: {told}")
+            notes.append(f"resampled from {own_fps:.5g} to {fps:.5g} frames/s: {told}")
     kept = shown[frames]
+    first, end, _ = frames.indices(len(shown))
     if not kept:
-        raise DataError(f"{source.path} has {len(shown)} frames here; {_bounds(frames)} are none of them.")
+        raise DataError(f"{source.path} gives {len(shown)} frames; there is none from {frames.start} to {frames.stop}.")
     if len(kept) < len(shown):
-        notes.append(f"{len(kept)} of these {len(shown)} taken ({_bounds(frames)})")
+        notes.append(f"frames {first + 1} to {end} of {len(shown)} taken")
     return kept, notes
+
+
+def _mean_rate(times: Sequence[float], announced: float) -> float:
+    """Frames a second by the time stamps, where they say something else than the file's head does."""
+    counted = (len(times) - 1) / times[-1] if len(times) > 1 else announced
+    return announced if abs(counted / announced - 1) < 0.01 else counted
 
 
 def _nearest(times: Sequence[float], own_fps: float, fps: float) -> list[int]:
@@ -131,10 +140,6 @@ def _nearest_index(times: Sequence[float], time: float) -> int:
         time - times[after - 1] <= times[after] - time + 1e-6
     )  # half-way, the earlier, whatever rounding says
     return after - 1 if is_before_nearer else after
-
-
-def _bounds(frames: slice) -> str:
-    return f"[{'' if frames.start is None else frames.start}:{'' if frames.stop is None else frames.stop}]"
 
 
 def _fitting(source: FrameSource, height: int, width: int) -> Callable[[NDArray[np.uint8]], Tensor]:

@@ -138,6 +138,7 @@ class VideoFile:
     def __init__(self, path: str | Path, *, as_shown: bool = False) -> None:
         self.path = Path(path)
         self.remarks = []
+        self._is_read_from = False
         self._packets: _PacketTable | None = None
         self._quarter_turns = 0  # counterclockwise
         self._stretched_width: int | None = None
@@ -250,9 +251,7 @@ class VideoFile:
 
     def _decode_all(self) -> Iterator[tuple[int, VideoFrame]]:
         """(index, frame) from the start."""
-        self._container.close()  # a fresh one, since not every format can go back to its first frame by seeking
-        self._container = _open(self.path)
-        self._stream = self._video_stream()
+        self._rewind()
         return enumerate(self._container.decode(self._stream))
 
     def _decode_from(self, first: int) -> Iterator[tuple[int, VideoFrame]]:
@@ -265,6 +264,14 @@ class VideoFile:
         for frame in self._container.decode(self._stream):
             if frame.pts in table.index_of:
                 yield table.index_of[frame.pts], frame
+
+    def _rewind(self) -> None:
+        """Open the file anew, if it was read from: not every format can go back to its first frame by seeking."""
+        if self._is_read_from:
+            self._container.close()
+            self._container = _open(self.path)
+            self._stream = self._video_stream()
+        self._is_read_from = True
 
     def _video_stream(self) -> VideoStream:
         name = self._container.format.name
@@ -312,6 +319,7 @@ class VideoFile:
     def _scan(self) -> _PacketTable:
         """Time stamps of all frames, by reading the file through without decoding it."""
         if self._packets is None:
+            self._rewind()
             stamps: list[tuple[int | None, bool]] = []
             for packet in self._container.demux(self._stream):
                 if packet.is_corrupt:
