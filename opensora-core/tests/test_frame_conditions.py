@@ -18,6 +18,7 @@ from opensora.core.mask_strategy import parse_mask_strategy, place_edits, print_
     [
         ({}, "", ""),
         ({"image": "a.png"}, "a.png", "0"),
+        ({"image": "c.mp4"}, "c.mp4", "0"),
         ({"last_image": "b.JPG"}, "b.JPG", "0,0,0,-1,1"),
         ({"image": "a.png", "last_image": "b.png"}, "a.png b.png", "0;0,1,0,-1,1"),
         ({"extend": "c.mp4"}, "c.mp4", "0,0,-8,0,8"),
@@ -69,8 +70,10 @@ def test_an_edit_takes_all_frames_and_says_how_many_are_missing() -> None:
         ({"image": "a.png", "reference_path": "b.png"}, "image and reference_path can't be given together"),
         ({"extend": "c.mp4", "mask_strategy": "0"}, "extend and mask_strategy can't be given together"),
         ({"strength": 0.4, "reference_path": "b.png"}, "strength and reference_path can't be given together"),
-        ({"image": "c.mp4"}, "image is c.mp4, but takes an image. For a video there is extend, connect or edit"),
-        ({"last_image": "c.mp4"}, "last_image is c.mp4, but takes an image"),
+        (
+            {"last_image": "c.mp4"},
+            "last_image is c.mp4, but takes an image. For a video there is extend, connect or edit",
+        ),
         ({"extend": "a.png"}, "extend is a.png, but takes a video. For an image there is image"),
         ({"image": ""}, "image is empty; give a file"),
         ({"connect": ("a.png", " ")}, "connect is empty"),

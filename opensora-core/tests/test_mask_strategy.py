@@ -64,7 +64,11 @@ def test_values_without_a_meaning_are_errors(text: str) -> None:
         ("0,0,0,0,1.5", 8, 'length must be a whole number, not "1.5"'),
         ("0,0,0,0,1,abc", 10, 'edit ratio must be a number, not "abc"'),
         ("0,0,0,0,1,nan", 10, "edit ratio can't be nan"),
-        ("0,0,0,0,1,0,9", 12, "an entry has at most 6 fields: loop, reference, reference start, target start, length"),
+        (
+            "0,0,0,0,1,0,9,8",
+            12,
+            "an entry has at most 6 fields: loop, reference, reference start, target start, length",
+        ),
         ("0;0,0,0,0,-2", 10, "length can't be -2"),
     ],
 )

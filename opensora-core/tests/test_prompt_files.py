@@ -118,8 +118,8 @@ def test_a_prompt_of_ten_thousand_words_is_read(read: Read) -> None:
         ("prompt,text\na,b", "prompts.csv:1: There is more than one column for the prompts. One is called prompt"),
         ("seed\n1", "prompts.csv:1: There is no column for the prompts. One is called prompt, or text."),
         (
-            "prompt\na\nb,c,d",
-            'prompts.csv:3: The row has 3 fields, the header 1; the first too many is "c". Put a text',
+            "prompt,seed\na,1\nb,2,c",
+            'prompts.csv:3: The row has 3 fields, the header 2; the first too many is "c". Put a text',
         ),
         ('prompt\n"a\nb', "prompts.csv:2: The row is no CSV: unexpected end of data."),
         ('prompt\n"a"b', "prompts.csv:2: The row is no CSV: ',' expected after '\"'."),

@@ -150,6 +150,7 @@ def test_rounds_are_read_as_published(golden: Callable[[str], Any]) -> None:
         ("|0|a||b", 5, "comes the number of a round, not nothing"),
         ("|0|a|-1|b", 5, 'not "-1"'),
         ("|0|a|²|b", 5, 'not "²"'),
+        ("|0|a|1234567890|b", 5, 'not "1234567890"'),
         ("|0|a|2", 6, 'round 2 has no text. Write "|" and it'),
         ("|0|a|0|b", 5, "round 0 comes after round 0"),
         ("|0|a| 5 |b|3|c", 11, "round 3 comes after round 5. Write rounds in rising order"),

@@ -2,7 +2,7 @@
 
 Each means the same as references with a mask strategy; see `opensora.core.mask_strategy`.
 
-    image        first.png              0
+    image        first.png              0                   of a video its first frame
     last_image   last.png               0,0,0,-1
     extend       clip.mp4               0,0,-L,0,L          L: condition_frame_length, latent frames
     connect      a.png, b.png           0;0,1,0,-1
@@ -72,7 +72,7 @@ def given_frames_of(
         raise ConfigError(f"condition_frame_length is {length}; at least one latent frame is needed.")
     pieces: list[_Piece] = []
     if image is not None:
-        pieces.append(_Piece(_of_kind("image", image, "image"), FrameEdit()))
+        pieces.append(_Piece(_of_kind("image", image, None), FrameEdit()))
     if extend is not None:
         pieces.append(_Piece(_of_kind("extend", extend, "video"), _last_to_first(length)))
     if connect is not None:

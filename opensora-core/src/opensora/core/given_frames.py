@@ -43,7 +43,7 @@ def apply_edits(
         reference = references[one.reference]
         _check_size(reference, latents, one.reference, names)
         target = slice(one.target_start, one.target_start + one.length)
-        result[:, target] = reference[:, one.reference_start : one.reference_start + one.length].to(result)
+        result[:, target] = reference[:, one.reference_start : one.reference_start + one.length]
         mask[target] = one.edit_ratio
     return result, mask
 

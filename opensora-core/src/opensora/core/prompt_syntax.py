@@ -167,7 +167,7 @@ def parse_rounds(text: str) -> Rounds:
     parts = list(parts_of(text[1:], "|", offset=1))
     starts: list[int] = []
     for column, number in parts[::2]:
-        if not (number.isascii() and number.isdecimal() and len(number) < 10):
+        if not (number.isdecimal() and len(number) < 10):
             found = quoted(number) if number else "nothing"
             message = f'prompt: after a "|" comes the number of a round, not {found}. Texts can\'t hold "|".'
             raise ConfigError(pointed(message, text, column))
