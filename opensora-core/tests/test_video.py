@@ -1,6 +1,7 @@
 """Video and image files: what is written comes back, only what is needed is read, and bad files are named."""
 
 import resource
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -10,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from PIL import Image
 
 from opensora.core import DataError, MachineError, ShapeError
@@ -18,6 +20,7 @@ from opensora.core.video import (
     VideoFile,
     is_image,
     is_video,
+    load_image,
     probe_video,
     read_image,
     read_video,
@@ -127,6 +130,104 @@ def test_frames_that_an_edit_list_hides_do_not_count(videos, tmp_path):
 def test_an_open_file_reads_many_times(videos):
     with VideoFile(videos["mp4"]) as file:
         assert [indices_in(file.read(wanted)) for wanted in ([40], [2], [13, 14])] == [[40], [2], [13, 14]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_open_file_reads_later_frames_after_the_first(videos, kind):
+    with VideoFile(videos[kind]) as file:
+        assert [indices_in(file.read(wanted)) for wanted in ([0], [3, 4], [50])] == [[0], [3, 4], [50]]
+
+
+def test_frames_are_handed_on_without_being_held(videos):
+    with VideoFile(videos["mp4"]) as file:
+        shapes = file.map(lambda picture: (picture.shape, int(picture.mean())), [40, 2, 40])
+    assert shapes == [((32, 48, 3), pytest.approx(4 * index + 20, abs=1)) for index in (40, 2, 40)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_times_are_those_of_the_frames(videos, kind):
+    with VideoFile(videos[kind]) as file:
+        file.read([0])
+        times = file.times()
+    assert times == pytest.approx([index * 1001 / 24000 for index in range(NUM_FRAMES)], abs=0.0015, rel=0.01)
+
+
+def test_times_of_a_file_without_an_even_rate(tmp_path):
+    stamps = [0, 40, 80, 200, 240, 1000]  # milliseconds
+    with av.open(str(tmp_path / "uneven.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for stamp, picture in zip(stamps, numbered_frames(6).numpy(), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = stamp, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with VideoFile(tmp_path / "uneven.mkv") as file:
+        assert file.times() == pytest.approx([stamp / 1000 for stamp in stamps])
+
+
+def cornered(path: Path, *, display_matrix: tuple[int, int, int, int] | None = None, pixel_width: int = 1) -> Path:
+    """A gray 32 x 48 video whose top left corner is white, with a matrix (a, b, c, d) in its header if given."""
+    frames = torch.full((4, 32, 48, 3), 60, dtype=torch.uint8)
+    frames[:, :10, :10] = 250
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"crf": "1"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(pixel_width)
+        for picture in frames.numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    if (
+        display_matrix is not None
+    ):  # ISO 14496-12: of the track header, a b u c d v x y w, where x' = a x + c y, y' = b x + d y
+        data = bytearray(path.read_bytes())
+        start = data.index(b"tkhd") + 4 + 40
+        assert struct.unpack_from(">9i", data, start) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+        a, b, c, d = (value << 16 for value in display_matrix)
+        struct.pack_into(">9i", data, start, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("matrix", "size", "corner", "way"),
+    [
+        ((0, 1, -1, 0), (48, 32), (0, -1), "90 degrees to the right"),  # as phones write it that are held upright
+        ((-1, 0, 0, -1), (32, 48), (-1, -1), "180 degrees"),
+        ((0, -1, 1, 0), (48, 32), (-1, 0), "90 degrees to the left"),
+    ],
+    ids=["right", "half", "left"],
+)
+def test_frames_are_turned_as_shown(tmp_path, matrix, size, corner, way):
+    path = cornered(tmp_path / "turned.mp4", display_matrix=matrix)
+    with VideoFile(path, as_shown=True) as file:
+        frames = file.read([0, 3])
+        assert (file.info.height, file.info.width) == size
+        assert file.remarks == [f"turned by {way}, as it asks players to"]
+    assert frames.shape == (2, *size, 3)
+    corners = {(row, column): int(frames[1, row, column, 0]) for row in (0, -1) for column in (0, -1)}
+    assert max(corners, key=corners.__getitem__) == corner
+    assert sorted(corners.values())[-2] < 100
+    with VideoFile(path) as file:
+        assert file.read([0]).shape == (1, 32, 48, 3)
+        assert file.read([0])[0, 0, 0, 0] > 200
+        assert file.remarks == []
+
+
+def test_pixels_that_are_not_square_are_stretched_as_shown(tmp_path):
+    path = cornered(tmp_path / "wide.mp4", pixel_width=2)
+    with VideoFile(path, as_shown=True) as file:
+        frames = file.read([0])
+        assert (file.info.height, file.info.width) == (32, 96)
+        assert file.remarks == ["stretched from 32 x 48, since its pixels aren't square"]
+    assert frames[0, 5, :, 0].gt(150).sum() == pytest.approx(20, abs=2)
+    assert read_video(path)[0].shape == (4, 32, 48, 3)
+
+
+def test_ordinary_files_are_the_same_as_shown(videos):
+    with VideoFile(videos["mp4"], as_shown=True) as file:
+        assert torch.equal(file.read([0, 30]), read_video(videos["mp4"], [0, 30])[0])
+        assert file.remarks == []
 
 
 def test_only_the_frames_from_the_nearest_key_frame_are_decoded(videos, tmp_path):
@@ -303,6 +404,30 @@ def test_a_sound_file_is_no_video(tmp_path):
         container.mux(stream.encode())
     with pytest.raises(DataError, match=r"has no video frames .*audio"):
         read_video(tmp_path / "sound.mp4")
+
+
+def test_the_cover_of_a_sound_file_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "song.m4a"), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=8000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.height = cover.width = 16
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")))
+        container.mux(cover.encode())
+    with pytest.raises(DataError, match=r"song\.m4a has no video frames"):
+        read_video(tmp_path / "song.m4a")
+
+
+def test_images_are_loaded_as_they_are(tmp_path):
+    Image.new("RGBA", (5, 4), (255, 0, 0, 10)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0, 10)
+    with pytest.raises(DataError, match=r"gone\.png is missing"):
+        load_image(tmp_path / "gone.png")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
