@@ -8,7 +8,7 @@ beside any of them. Equal recipes give equal bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,49 +60,41 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         DataError: There is none, or it is cut short, no recipe, or of a newer version.
     """
     path = Path(path)
-    complaint: DataError | None = None
-    for place, text in _iter_texts(path):
+    complaints: list[DataError] = []
+    for place in _places(path):
         try:
-            return _parse(place, text)
+            text = _text_in(place)
+            if text is not None:
+                return _parse(place, text)
         except DataError as error:
-            complaint = complaint or error
-    if complaint is not None:
-        raise complaint
+            complaints.append(error)
+    if complaints:
+        raise complaints[0]
     if not path.exists():
-        raise DataError(f"{path} is missing; a result of sampling or its recipe (.json) was expected.")
+        raise DataError(f"{path} is missing; a result of sampling, or its recipe (.json), was expected.")
     raise DataError(f"{path} has no recipe, neither in it nor beside it in {recipe_path(path).name}.")
 
 
-def _iter_texts(path: Path) -> Iterator[tuple[Path, str]]:
-    """(where, text) of what may be the recipe, the best first."""
-    if path.suffix.lower() == ".json":
-        if path.is_file():
-            yield path, _read(path)
-        return
-    if (inside := path / "recipe.json").is_file():
-        yield inside, _read(inside)
-    elif path.is_file() and (comment := _comment(path)).lstrip().startswith("{"):  # others write comments of their own
-        yield path, comment
-    if (beside := recipe_path(path)).is_file():
-        yield beside, _read(beside)
+def _places(path: Path) -> list[Path]:
+    """Files that may hold the recipe, the best first."""
+    candidates = [path / "recipe.json" if path.is_dir() else path]
+    if path.suffix.lower() != ".json":
+        candidates.append(recipe_path(path))
+    return [candidate for candidate in candidates if candidate.is_file()]
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read: {error}.") from error
-
-
-def _comment(path: Path) -> str:
-    """The tag ``comment`` of any image or video; empty if there is none, or the file can't be read."""
+def _text_in(place: Path) -> str | None:
+    """What a ``.json`` holds, or the tag ``comment`` of an image or a video; None if that is a remark of another program."""
+    if place.suffix.lower() == ".json":
+        try:
+            return place.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{place} can't be read: {error}.") from error
     from opensora.core.frame_sources import open_frames  # imports torch
 
-    try:
-        with open_frames(path) as source:
-            return source.info.metadata.get("comment", "")
-    except DataError:
-        return ""
+    with open_frames(place) as source:
+        comment = source.info.metadata.get("comment", "")
+    return comment if comment.lstrip().startswith("{") else None
 
 
 def _parse(place: Path, text: str) -> dict[str, Any]:
