@@ -371,7 +371,7 @@ def test_a_truncated_video_says_where_it_stops(videos, tmp_path):
         ("text.mp4", b"path,text\na.mp4,a wave\n" * 50, "text.mp4 can't be read as a video .it holds text"),
         ("subtitles.mp4", b"1\n00:00:01,000 --> 00:00:02,000\nhello\n\n", "no video frames .*subtitle"),
         ("empty.mp4", b"", "the file is empty"),
-        ("zeros.mp4", bytes(5000), "no known video format"),
+        ("zeros.mp4", bytes(5000), "no known format"),
         ("half.mp4", b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "truncated or damaged"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.endswith("mp4") else "",

@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from opensora.core.errors import DataError
-from opensora.core.video import IMAGE_EXTENSIONS, VideoFile, VideoInfo, reading_image
+from opensora.core.video import IMAGE_EXTENSIONS, VideoFile, VideoInfo, content_of, is_image, reading_image
 
 __all__ = ["FrameSource", "frames_of", "open_frames"]
 
@@ -61,7 +61,12 @@ def open_frames(path: str | Path) -> FrameSource:
         return _PictureFile(path)
     if _is_heic(path):
         raise DataError(f"{path} is a HEIC picture, which can't be read here. Convert it to jpg or png.")
-    return _Video(path)
+    try:
+        return _Video(path)
+    except DataError as error:
+        if is_image(path):
+            raise DataError(f"{path} is no picture that can be read ({content_of(path)}).") from error
+        raise
 
 
 class FrameSource(ABC):

@@ -39,6 +39,7 @@ __all__ = [
     "VideoFile",
     "VideoInfo",
     "VideoWriter",
+    "content_of",
     "is_image",
     "is_video",
     "load_image",
@@ -366,11 +367,11 @@ def _open(path: Path) -> InputContainer:
         # "file:" and the whitelist, so that neither a name like "a:b.mp4" nor a playlist's content reaches the network
         return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except av.FFmpegError as error:
-        raise DataError(f"{path} can't be read as a video ({_kind_of(path)}): {error.strerror}.") from error
+        raise DataError(f"{path} can't be read as a video ({content_of(path)}): {error.strerror}.") from error
 
 
-def _kind_of(path: Path) -> str:
-    """What a file that isn't a readable video seems to be."""
+def content_of(path: Path) -> str:
+    """What a file that can't be read seems to be, in words for a message."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
@@ -378,10 +379,10 @@ def _kind_of(path: Path) -> str:
         return error.strerror or "unreadable"
     if not head:
         return "the file is empty"
-    if head[4:8] == b"ftyp" or head[:4] in (b"RIFF", b"\x1aE\xdf\xa3"):
+    if head[4:8] == b"ftyp" or head.startswith((b"RIFF", b"\x1aE\xdf\xa3", b"\x89PNG", b"\xff\xd8", b"GIF8")):
         return "truncated or damaged file"
     is_text = b"\0" not in head and not any(byte < 9 for byte in head)
-    return "it holds text" if is_text else "no known video format"
+    return "it holds text" if is_text else "no known format"
 
 
 def _is_matroska_cut(path: Path) -> bool:
