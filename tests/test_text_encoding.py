@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from opensora.core.config.evaluate import evaluate
 from opensora.core.config.structure import ComponentConfig, structure
 from opensora.core.pipelines.sample import build_run
 from opensora.core.pipelines.sample_loop import SampleRun
+from opensora.core.pipelines.sample_requests import choose_entries, plan_requests, read_plans
 from opensora.core.pipelines.sample_spec import SampleSpec
-from opensora.core.prompts import Request, plan_requests
 from opensora.core.text_cache import CachedTextEncoder
 from opensora.core.video import read_video
 from opensora.models.text_encoders.hashed_words import HashedWords
@@ -67,13 +67,10 @@ def sampling(**changes: object) -> dict[str, Any]:
     }
 
 
-def requests(folder: Path, texts: Sequence[str] = PROMPTS) -> list[Request]:
-    return plan_requests(texts, folder, extension=".mp4", seed=1)
-
-
 def start(folder: Path, accelerator: Single | None = None, **changes: object) -> SampleRun:
     spec = structure(SampleSpec, sampling(**changes))
-    return build_run(spec, folder, accelerator or Recording(), requests(folder))
+    requests = plan_requests(read_plans(choose_entries(spec), spec), spec, folder)
+    return build_run(spec, folder, accelerator or Recording(), requests)
 
 
 # ---- releasing
@@ -87,29 +84,32 @@ def test_text_encoder_is_gone_before_the_denoiser_is_placed(tmp_path: Path) -> N
         ("STDiT3", False),
         ("IdentityVAE", False),
     ]
-    assert "text" in run.seconds
-    told = run.parts.text_encoder.encode(PROMPTS)
+    assert "text" in run.sampler.clock.seconds
+    told = run.sampler.parts.text_encoder.encode(PROMPTS)
     assert told.text_embedding is not None
     assert torch.equal(told.text_embedding[0], told.text_embedding[2])
     with pytest.raises(ConfigError, match="release_text_encoder = False"):
-        run.parts.text_encoder.encode(["another"])
+        run.sampler.parts.text_encoder.encode(["another"])
 
 
 def test_text_encoder_stays_if_asked_to(tmp_path: Path) -> None:
     run = start(tmp_path, release_text_encoder=False)
-    assert isinstance(run.parts.text_encoder, CachedTextEncoder)
-    assert len(run.parts.text_encoder.encode(["another"])) == 1
+    assert isinstance(run.sampler.parts.text_encoder, CachedTextEncoder)
+    assert len(run.sampler.parts.text_encoder.encode(["another"])) == 1
 
 
 def test_text_encoder_stays_if_the_embeddings_do_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run = start(tmp_path, text_cache_gib=5000 / 2**30)  # one of 4112 bytes
     assert "The embeddings of 3 prompts don't fit text_cache_gib" in caplog.text
-    assert len(run.parts.text_encoder.encode(["another"])) == 1
+    assert len(run.sampler.parts.text_encoder.encode(["another"])) == 1
 
 
-def test_without_a_memory_prompts_are_encoded_batch_by_batch(tmp_path: Path) -> None:
-    assert isinstance(start(tmp_path, text_cache_gib=0.0).parts.text_encoder, HashedWords)
+def test_without_a_memory_nothing_is_encoded_ahead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        run = start(tmp_path, text_cache_gib=0.0)
+    assert "Encoding" not in caplog.text
+    assert len(run.sampler.parts.text_encoder.encode(["another"])) == 1
 
 
 OTHER_WAYS: dict[str, dict[str, Any]] = {

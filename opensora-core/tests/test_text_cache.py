@@ -143,36 +143,25 @@ class Cutting(Encoder):
 
     max_tokens = 10
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-
     def cut_off(self, prompt: str) -> str:
-        self.asked.append(prompt)
         return prompt.lower()[10:]
 
 
-def test_what_is_cut_off_is_the_encoders_to_say() -> None:
-    cache = CachedTextEncoder(Cutting(), capacity=1000)
-    assert cache.cut_off("A wave of the SEA") == "the sea"
-    assert cache.cut_off("a wave") == ""
-    assert cache.max_tokens == 10
+def test_what_is_cut_is_said_once_for_each_of_the_first_prompts(caplog: pytest.LogCaptureFixture) -> None:
+    cache = CachedTextEncoder(Cutting(), capacity=100_000)
+    prompts = ["a wave", *(f"A wave of the SEA {index}" for index in range(12))]
+    cache.encode(prompts)
+    cache.encode(prompts)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 11
+    assert messages[0] == (
+        'Prompt "A wave of the SEA 0": 3 of 6 words don\'t fit the text encoder\'s 10 tokens and are cut: "the sea 0"'
+    )
+    assert messages[-1] == "Further prompts that are cut are not listed."
 
 
-def test_what_is_cut_off_outlives_the_encoder_with_the_embedding() -> None:
-    encoder = Cutting()
+def test_an_encoder_that_can_not_tell_cuts_nothing(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
     cache = CachedTextEncoder(encoder, capacity=1000)
-    cache.encode(["a wave of the sea", "a wave", ""])
-    assert encoder.asked == []  # training asks for none, and doesn't pay for it
-    cache.release()
-    cache.release()
-    assert [cache.cut_off(prompt) for prompt in ("a wave of the sea", "a wave", "")] == ["the sea", "", ""]
-    assert encoder.asked == ["a wave of the sea", "a wave", ""]
-    with pytest.raises(ConfigError, match='"the sea" is none of them'):
-        cache.cut_off("the sea")
-
-
-def test_an_encoder_that_can_not_tell_cuts_nothing(encoder: Encoder) -> None:
-    cache = CachedTextEncoder(encoder, capacity=1000)
-    assert cache.cut_off("a wave of the sea") == ""
+    cache.encode(["a wave of the sea"])
+    assert not caplog.records
     assert cache.max_tokens == encoder.max_length == 3

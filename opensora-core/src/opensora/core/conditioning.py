@@ -99,7 +99,7 @@ class Conditioning:
         return self.replace(negative_embedding=None, negative_mask=None)
 
     def unconditional(self) -> Self:
-        """The second half of classifier-free guidance: the same batch with its negative text, or with text or label dropped."""
+        """The second half of classifier-free guidance: its negative text, or text or label dropped."""
         if self.negative_embedding is not None:
             return self.positive().replace(text_embedding=self.negative_embedding, text_mask=self.negative_mask)
         device = next((tensor.device for _, tensor in self._tensors()), None)

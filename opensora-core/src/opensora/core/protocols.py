@@ -67,7 +67,8 @@ class VideoAutoencoder(Protocol):
     """Pixels to latents and back: an ``nn.Module`` built as ``Class(spec)``, frozen and in eval mode.
 
     Takes and gives float32, whatever dtype it was cast to. In a run in fp16, submodules with a true attribute
-    ``overflows_in_fp16`` stay float32.
+    ``overflows_in_fp16`` stay float32. Optional: ``iter_decode(latents, *, num_frames)``, which yields what ``decode`` gives
+    in pieces of time; ``latent_chunk`` (int or None), the latent frames that are decoded together, apart from all others.
     """
 
     latent_channels: int

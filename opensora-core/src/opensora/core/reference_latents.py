@@ -14,8 +14,9 @@ from attrs.validators import ge
 from torch import Tensor
 
 from opensora.core.errors import ConfigError, ShapeError
-from opensora.core.mask_strategy import FrameEdit
+from opensora.core.mask_strategy import FrameEdit, edits_of_round, place_edits
 from opensora.core.protocols import Size, VideoAutoencoder
+from opensora.core.references import load_reference
 from opensora.core.requests import Request
 
 __all__ = ["Overlap", "ReferenceLatents"]
@@ -102,16 +103,52 @@ class ReferenceLatents:
         """
         if not request.given:
             return cls(latents=[], edits=[], sources=[])
-        from opensora.core.references import load_reference
-
-        sources, edits = request.given.resolve(overlap.latent_frames(vae, request.size))
+        sources, edits = request.given.resolve(overlap.latent_frames(vae, request.size), loop=request.loop)
+        num_frames, height, width = request.size
         latents = []
-        for source in sources:
-            reference = load_reference(source, height=request.size[1], width=request.size[2], fps=request.frame_fps)
+        for index, source in enumerate(sources):
+            own = [edit for edit in edits if edit.reference % len(sources) == index]
+            frames = _frames_needed(own, num_frames)
+            reference = load_reference(source, height=height, width=width, fps=request.frame_fps, frames=frames)
             for note in reference.notes:
                 log.info("%s: %s", request.path.name, note)
             latents.append(_encode(vae, reference.video.to(device), source))
-        return cls(latents=latents, edits=edits, sources=sources)
+        loaded = cls(latents=latents, edits=edits, sources=sources)
+        loaded.check(vae.latent_size(request.size)[0], overlap.alignment(vae), rounds=request.loop)
+        return loaded
+
+    def check(self, latent_frames: int, align: int | None, *, rounds: int) -> None:
+        """See that all frames that are asked for are there; warn of a reference that is shorter than asked.
+
+        Args:
+            latent_frames: Of the video.
+            align: To whose multiples frames are moved.
+            rounds: How many there are.
+
+        Raises:
+            ConfigError: A start lies outside of a reference or of the video.
+        """
+        frames = [each.shape[1] for each in self.latents]
+        for round_ in range(rounds):
+            edits = edits_of_round(self.edits, round_)
+            for one in place_edits(edits, frames, target_frames=latent_frames, align=align, names=self.sources):
+                if one.num_missing:
+                    log.warning(
+                        "%s is shorter than asked: %d latent frames of it are used, %d more were wanted and are generated",
+                        self.sources[one.reference],
+                        one.length,
+                        one.num_missing,
+                    )
+
+
+def _frames_needed(edits: Sequence[FrameEdit], num_frames: int) -> slice:
+    """What of a reference a video of so many frames can use, so that a long one is not held whole."""
+    starts = {edit.reference_start for edit in edits}
+    if starts == {0}:
+        return slice(0, num_frames)
+    if starts and max(starts) < 0:
+        return slice(-num_frames, None)
+    return slice(None)
 
 
 @torch.inference_mode()

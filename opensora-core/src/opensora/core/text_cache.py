@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -11,9 +12,13 @@ import torch
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.core.protocols import TextEncoder
-from opensora.core.text_cuts import cut_off, max_tokens
+from opensora.core.text_cuts import cut_off, describe_cut, max_tokens
 
 __all__ = ["CachedTextEncoder"]
+
+log = logging.getLogger(__name__)
+_REPORTED_CUTS = 10
+_SHOWN_OF_PROMPT = 40
 
 
 class CachedTextEncoder:
@@ -21,6 +26,7 @@ class CachedTextEncoder:
 
     New prompts are encoded one by one: what a text encoder makes of a prompt can differ in its last bits with the others of
     a batch. So an embedding is the same whether or not it was remembered, and a resumed run goes on as the unbroken one.
+    Of the first prompts that don't fit the encoder it is logged what is cut.
     """
 
     def __init__(self, encoder: TextEncoder, *, capacity: int) -> None:
@@ -30,7 +36,7 @@ class CachedTextEncoder:
         self.size = 0
         self._encoder: TextEncoder | None = encoder
         self._known: OrderedDict[str, Conditioning] = OrderedDict()  # those used last stand last
-        self._cuts: dict[str, str] = {}
+        self._num_cut = 0
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """See `opensora.core.protocols.TextEncoder`; on the CPU.
@@ -46,21 +52,8 @@ class CachedTextEncoder:
         unique = list(dict.fromkeys(prompts))
         return all(self._look_up(prompt).nbytes * len(unique) <= self.capacity for prompt in unique)
 
-    def cut_off(self, prompt: str) -> str:
-        """The end of a prompt that the encoder does not read, or ""; of a remembered prompt after `release` too.
-
-        Raises:
-            ConfigError: The prompt is not remembered, and the text encoder was released.
-        """
-        if prompt not in self._cuts:
-            self._cuts[prompt] = cut_off(self._needed(prompt), prompt)
-        return self._cuts[prompt]
-
     def release(self) -> None:
         """Free the text encoder's memory. What is remembered can still be had, nothing else."""
-        if self._encoder is not None:
-            for prompt in self._known:
-                self.cut_off(prompt)
         self._encoder = None
         gc.collect()
         if torch.cuda.is_available():
@@ -78,14 +71,22 @@ class CachedTextEncoder:
         return known
 
     def _encode(self, prompt: str) -> Conditioning:
-        encoder = self._needed(prompt)
-        with torch.inference_mode(False), torch.no_grad():  # a preview's embeddings may serve training later
-            return encoder.encode([prompt]).to("cpu")
-
-    def _needed(self, prompt: str) -> TextEncoder:
-        if self._encoder is None:
+        encoder = self._encoder
+        if encoder is None:
             raise ConfigError(
                 f'The text encoder was released once the prompts were encoded, and "{prompt}" is none of them. '
                 "Keep it with release_text_encoder = False."
             )
-        return self._encoder
+        if cut := cut_off(encoder, prompt):
+            self._report(prompt, cut)
+        with torch.inference_mode(False), torch.no_grad():  # a preview's embeddings may serve training later
+            return encoder.encode([prompt]).to("cpu")
+
+    def _report(self, prompt: str, cut: str) -> None:
+        """Warn of a prompt that is read in part, unless there were many."""
+        self._num_cut += 1
+        if self._num_cut <= _REPORTED_CUTS:
+            start = prompt if len(prompt) <= _SHOWN_OF_PROMPT else f"{prompt[:_SHOWN_OF_PROMPT]}..."
+            log.warning("%s", describe_cut(prompt, cut, max_tokens=self.max_tokens, which=f'Prompt "{start}"'))
+        if self._num_cut == _REPORTED_CUTS:
+            log.warning("Further prompts that are cut are not listed.")

@@ -38,7 +38,6 @@ from opensora.core.reference_latents import Overlap
 from opensora.core.requests import EndlessRequests, Request
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder, read_jsonl, write_atomically
 from opensora.core.text_cache import CachedTextEncoder
-from opensora.core.text_cuts import describe_cut
 from opensora.core.video_sampler import VideoSampler
 
 if TYPE_CHECKING:
@@ -145,7 +144,6 @@ def build_run(spec: SampleSpec, folder: Path, accelerator: Accelerator, requests
     """Build every part of the run and place it on the device."""
     hooks = build_hooks(default_hooks(spec), spec.hooks, without=spec.without_hooks)
     sampler = build_sampler(spec, accelerator, hooks, prompts=texts_of(distinct(requests)), keeps_encoder=False)
-    report_cuts(sampler, requests)
     return SampleRun(
         spec=spec,
         folder=folder,
@@ -186,9 +184,8 @@ def build_sampler(
         scheduler_config=spec.scheduler,
     )
     del parts  # the sampler alone holds the text encoder, so that it can be released
-    if spec.text_cache_gib:
-        with sampler.clock.phase("text"):
-            encode_prompts(sampler, spec, list(prompts), keeps_encoder=keeps_encoder)
+    with sampler.clock.phase("text"):
+        encode_prompts(sampler, spec, list(prompts), keeps_encoder=keeps_encoder)
     accelerator.place(sampler.parts.denoiser)
     place(sampler.parts.vae, accelerator)
     return sampler
@@ -199,6 +196,8 @@ def encode_prompts(sampler: VideoSampler, spec: SampleSpec, prompts: Sequence[st
     encoder = CachedTextEncoder(sampler.parts.text_encoder, capacity=int(spec.text_cache_gib * 2**30))
     sampler.parts = attrs.evolve(sampler.parts, text_encoder=encoder)
     count = len(set(prompts))
+    if not count or not encoder.capacity:
+        return
     log.info("Encoding %d prompts", count)
     if not encoder.remember(prompts):
         log.info(
@@ -218,18 +217,6 @@ def texts_of(requests: Iterable[Request]) -> list[str]:
             texts += parse_rounds(text).texts
         texts += [request.negative_prompt] if request.negative_prompt is not None else []
     return texts
-
-
-def report_cuts(sampler: VideoSampler, requests: Sequence[Request]) -> None:
-    """Warn of each prompt that the text encoder reads in part, with what it leaves out."""
-    from opensora.core.text_cuts import cut_off, max_tokens
-
-    encoder, told = sampler.parts.text_encoder, set()
-    for request in distinct(requests):
-        for text in texts_of([request]):
-            if text not in told and (cut := cut_off(encoder, text)):
-                log.warning("%s", describe_cut(text, cut, max_tokens=max_tokens(encoder), which=request.path.name))
-            told.add(text)
 
 
 def default_hooks(spec: SampleSpec) -> list[ComponentConfig]:

@@ -6,7 +6,6 @@ same bits: the texts that were in its batch, and on what it was computed.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -17,18 +16,18 @@ import attrs
 import torch
 from attrs import frozen
 
+from opensora.core.checkpoints import find_checkpoint, list_checkpoints
 from opensora.core.composing import resolved_values
 from opensora.core.errors import ConfigError, DataError
 from opensora.core.pipelines.sample_spec import SampleSpec
-from opensora.core.recipes import read_recipe
+from opensora.core.recipes import RECIPE_VERSION, read_recipe
+from opensora.core.references import digest_of
 from opensora.core.requests import GivenFrames, Request
-from opensora.core.weight_files import model_folder
 
 __all__ = ["Repeatable", "config_of_recipe", "made_again"]
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
 _OF_A_RUN = (
     *("prompt_path", "prompt_generator", "prompter", "llm_refine", "start_index", "end_index", "num_sample", "name"),
     *(
@@ -82,7 +81,7 @@ class Repeatable:
         config["scheduler"] = _scheduler_of(config["scheduler"], request)
         num_frames, height, width = request.size
         recipe: dict[str, Any] = {
-            "version": VERSION,
+            "version": RECIPE_VERSION,
             "prompt": request.prompt,
             "text": request.text,
             "seed": request.seed,
@@ -132,28 +131,27 @@ def _located(value: Any) -> Any:
     path = Path(value).expanduser()
     if not value or not path.exists():
         return value
-    return str((model_folder(path) if path.is_dir() else path).resolve())
+    if path.is_dir() and list_checkpoints(path):
+        path = find_checkpoint(path)
+    return str(path.resolve())
 
 
 def _digests(request: Request) -> dict[str, str]:
     sources, _ = request.given.resolve(length=1)
     paths = {source: Path(source).expanduser() for source in sources}
-    return {source: hashlib.sha256(path.read_bytes()).hexdigest() for source, path in paths.items() if path.is_file()}
+    return {_located(source): digest_of(path) for source, path in paths.items() if path.exists()}
 
 
 def config_of_recipe(path: Path) -> dict[str, Any]:
     """The config that makes the sample of a file again.
 
     Raises:
-        DataError: The file has no recipe, or one of a later version.
+        DataError: The file has no recipe that can be read; see `read_recipe`.
     """
     recipe = read_recipe(path)
-    if not isinstance(recipe.get("config"), dict) or recipe.get("version") != VERSION:
-        raise DataError(
-            f"{path} has a recipe of version {recipe.get('version')}, and this is opensora-core "
-            f"{metadata.version('opensora-core')}, which reads version {VERSION}."
-        )
-    return {**recipe["config"], "repeat": str(path)}
+    if not isinstance(recipe.get("config"), dict):
+        raise DataError(f"{path} has a recipe that no sampling run has written: it has no config.")
+    return {**recipe["config"], "repeat": str(path.resolve())}
 
 
 def made_again(request: Request, spec: SampleSpec, repeatable: Repeatable) -> Request:

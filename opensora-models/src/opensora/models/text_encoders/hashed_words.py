@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.core.randomness import generator_for
-from opensora.core.text_cuts import describe_cut
 from opensora.models._layers.positions import temporal_table
 
 __all__ = ["HashedWords", "HashedWordsSpec"]
@@ -60,9 +59,8 @@ class HashedWords(nn.Module):
         self.register_buffer("positions", temporal_table(spec.width, spec.model_max_length), persistent=False)
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """``text_embedding`` [B, L, width] and ``text_mask`` [B, L], where this module is. Case and punctuation don't count.
-
-        Words beyond the length are cut off, with a warning.
+        """``text_embedding`` [B, L, width] and ``text_mask`` [B, L], where this module is. Case and punctuation don't count;
+        words beyond the length are cut off.
         """
         words = [self._words(prompt) for prompt in prompts]
         lengths = torch.tensor([len(each) for each in words])
@@ -81,11 +79,6 @@ class HashedWords(nn.Module):
         return text[beyond.start() :].strip() if beyond else ""
 
     def _words(self, prompt: str) -> list[str]:
-        if cut := self.cut_off(prompt):
-            _logger.warning(
-                "%s. Raise text_encoder.model_max_length to keep them.",
-                describe_cut(prompt, cut, max_tokens=self.max_length, which="A prompt"),
-            )
         return [_START, *_WORD.findall(prompt.lower())][: self.max_length]
 
 

@@ -33,9 +33,9 @@ from opensora.core.hooking import Hooks, build_hooks
 from opensora.core.loading import Batch, Place, SampleOrder, Slicing, UnreadableFiles, iter_batches
 from opensora.core.pipelines.sample_loop import SavedSample
 from opensora.core.pipelines.train import clip_size, new_listing
-from opensora.core.requests import Target
 from opensora.core.protocols import Dataset
 from opensora.core.randomness import SampleKey
+from opensora.core.requests import Target
 from opensora.core.run_folder import (
     append_jsonl,
     held,
