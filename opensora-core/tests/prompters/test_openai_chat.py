@@ -101,7 +101,7 @@ def test_it_conforms(server: Any) -> None:
 def test_where_prompts_go_is_said(server: Any, prompter: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO)
     prompter(model="toy").refine(["a wave", "a car"])
-    assert f"2 prompts go to toy at {server.url}, with no key" in caplog.text
+    assert f"2 prompts for toy at {server.url}, with no key" in caplog.text
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     prompter().refine(["a wave"])
     assert "with the key in OPENAI_API_KEY" in caplog.text
@@ -188,7 +188,7 @@ def test_an_answer_that_is_no_prompt(server: Any, prompter: Any, name: str) -> N
 
 def test_an_answer_without_end_by_the_servers_own_limit(server: Any, prompter: Any, reply_with: Any) -> None:
     server.replies = [reply_with("A tall", finish_reason="length")]
-    with pytest.raises(DataError, match="cut by the server's limit"):
+    with pytest.raises(DataError, match=r"cut by the server's own limit\. Set prompter.max_tokens"):
         prompter(max_tokens=None).refine(["a wave"])
 
 
@@ -209,7 +209,7 @@ def test_broken_json_is_no_answer(server: Any, prompter: Any) -> None:
 # ---- failures of the server
 
 STATUS = {
-    400: (DataError, r"refuses the request \(HTTP 400: it says no\)\. What it doesn't know can be left out"),
+    400: (DataError, r"refuses the request \(HTTP 400: it says no\)\. If that is about the model, see prompter.model"),
     401: (MachineError, r"wants a key \(HTTP 401\), and none was sent\. Set OPENAI_API_KEY\."),
     403: (MachineError, r"wants a key \(HTTP 403\)"),
     404: (MachineError, r'has no model "gpt-4o", or is no such endpoint \(HTTP 404: it says no\).*ends with /v1'),

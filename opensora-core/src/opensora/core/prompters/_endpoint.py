@@ -144,8 +144,9 @@ class Endpoint:
             )
         message, finish = getattr(choices[0], "message", None), getattr(choices[0], "finish_reason", None)
         if finish == "length":
-            limit = f"after {self.spec.max_tokens} tokens" if self.spec.max_tokens else "by the server's limit"
-            raise DataError(f"The answer was cut {limit}. Raise prompter.max_tokens.")
+            limit = self.spec.max_tokens
+            cut = f"after {limit} tokens. Raise" if limit else "by the server's own limit. Set"
+            raise DataError(f"The answer was cut {cut} prompter.max_tokens.")
         refusal = getattr(message, "refusal", None) or ("its content filter" if finish == "content_filter" else None)
         if refusal:
             raise DataError(f"{self.spec.model} refuses this text ({self._quote(str(refusal))}). Word it differently.")
@@ -186,8 +187,8 @@ class Endpoint:
         if status >= 500:
             return MachineError(f"{self.url} failed{tries} ({said}). Try later, or look into the server's log.")
         return DataError(
-            f"{self.url} refuses the request ({said}). What it doesn't know can be left out: "
-            "prompter.temperature, prompter.seed or prompter.max_tokens = None."
+            f"{self.url} refuses the request ({said}). If that is about the model, see prompter.model; if about an option, "
+            "leave it out: prompter.temperature, prompter.seed or prompter.max_tokens = None."
         )
 
     def _explain_refused_key(self, status: int) -> str:

@@ -102,7 +102,8 @@ class OpenAIChat:
         """
         if texts:
             key = f"the key in {self.spec.api_key_variable}" if self._endpoint.key else "no key"
-            log.info("%d prompts go to %s at %s, with %s", len(texts), self.spec.model, self._endpoint.url, key)
+            number = f"{len(texts)} prompt{'s' if len(texts) > 1 else ''}"
+            log.info("%s for %s at %s, with %s", number, self.spec.model, self._endpoint.url, key)
         with self._endpoint.connect() as client:
             return self._refine_all(client, texts)
 
