@@ -93,14 +93,14 @@ class BareSampling:
     def sample_step(self, run: Any, state: Any) -> None:
         """Time the pipeline's step (but for a batch's first), then make and time a bare one."""
         from opensora.core import Conditioning
-        from opensora.core.pipelines.sample_loop import build_conditioning
+        from opensora.core.video_sampler import build_conditioning
 
         if state.step > 0:
             self.seconds["pipeline"].append(time.perf_counter() - self.begin)
-        texts = [request.text for request in run.requests[: len(state.latents)]]
-        given = build_conditioning(run.parts, texts, size=run.spec.size, fps=run.spec.fps)
+        parts = run.sampler.parts
+        given = build_conditioning(parts, run.requests[: len(state.latents)])
         both = Conditioning.cat([given, given.unconditional()])
-        denoiser = run.parts.denoiser
+        denoiser = parts.denoiser
         latents = state.latents
         begin = time.perf_counter()
         t = torch.full((2 * len(latents),), 500.0)

@@ -31,9 +31,10 @@ def test_all_names_what_is_there_once(name: str) -> None:
 
 
 CONTRACT = [
-    "accelerator", "attention", "checkpoints", "components", "conditioning", "errors", "frame_masks", "hooking", "hookspecs",
-    "loading", "optimization", "prompts", "protocols", "randomness", "run_folder", "sizes", "stopping", "testing",
-    "text_cache", "weights",
+    "accelerator", "attention", "checkpoints", "components", "conditioning", "denoising", "errors", "frame_conditions",
+    "frame_masks", "given_frames", "hooking", "hookspecs", "loading", "mask_strategy", "optimization", "prompt_files",
+    "prompt_syntax", "prompts", "protocols", "randomness", "recipes", "references", "requests", "run_folder", "sampling",
+    "seams", "sizes", "stopping", "testing", "text_cache", "text_cuts", "transforms", "video", "watermark", "weights",
 ]  # fmt: skip
 
 

@@ -68,7 +68,7 @@ class Denoising:
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float) -> None:
-        check_guidance_scale(self.guided, scale)
+        _check_guidance_scale(self.guided, scale)
         self._scale = scale
 
     @property
@@ -108,7 +108,7 @@ class Denoising:
             seeds: [B], for the noise of the steps that are left, where the scheduler adds any. None: as here.
         """
         if guidance_scale is not None:
-            check_guidance_scale(self.guided, guidance_scale)
+            _check_guidance_scale(self.guided, guidance_scale)
         scale = self._scale if guidance_scale is None else guidance_scale
         keys = self.keys
         if seeds is not None:
@@ -121,7 +121,7 @@ class Denoising:
         if self._scale is None:
             yield
             return
-        before = self.guided.scale  # type: ignore[attr-defined]  # check_guidance_scale has looked
+        before = self.guided.scale  # type: ignore[attr-defined]  # _check_guidance_scale has looked
         self.guided.scale = self._scale  # type: ignore[attr-defined]
         try:
             yield
@@ -129,7 +129,7 @@ class Denoising:
             self.guided.scale = before  # type: ignore[attr-defined]
 
 
-def check_guidance_scale(guided: Denoiser, scale: float) -> None:
+def _check_guidance_scale(guided: Denoiser, scale: float) -> None:
     """Check that a guided denoiser can have this scale.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import attrs
 import torch
 from attrs import field, frozen
 from attrs.validators import ge
@@ -104,10 +105,12 @@ class ReferenceLatents:
         if not request.given:
             return cls(latents=[], edits=[], sources=[])
         sources, edits = request.given.resolve(overlap.latent_frames(vae, request.size), loop=request.loop)
+        # -1 is the last of these, and stays so when the round before is added to them
+        edits = [attrs.evolve(edit, reference=edit.reference % len(sources)) for edit in edits]
         num_frames, height, width = request.size
         latents = []
         for index, source in enumerate(sources):
-            own = [edit for edit in edits if edit.reference % len(sources) == index]
+            own = [edit for edit in edits if edit.reference == index]
             frames = _frames_needed(own, num_frames)
             reference = load_reference(source, height=height, width=width, fps=request.frame_fps, frames=frames)
             for note in reference.notes:

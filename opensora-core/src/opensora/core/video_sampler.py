@@ -190,7 +190,7 @@ class VideoSampler:
                 taken = carry_over(
                     loop=round_, reference=len(latents), length=before.shape[1], edit_ratio=self.overlap.edit_ratio
                 )
-                latents, edits = [*latents, before], [taken, *edits]
+                latents, edits = [*latents, before], [*edits, taken]
             filled, mask = apply_edits(
                 row, latents, edits, align=self.overlap.alignment(self.parts.vae), names=own.sources
             )

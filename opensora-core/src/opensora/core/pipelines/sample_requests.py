@@ -117,7 +117,8 @@ def _located(entry: PromptEntry) -> Iterator[None]:
 
 def refine_plans(plans: Sequence[Plan], prompter: Prompter) -> list[Plan]:
     """The plans with every text as ``prompter`` rewrites it, all in one call."""
-    texts = iter(prompter.refine([text for plan in plans for text in plan.rounds.texts]))
+    refined = prompter.refine([text for plan in plans for text in plan.rounds.texts])
+    texts = (text.replace("|", ",") for text in refined)  # "|" would part rounds
     return [attrs.evolve(plan, rounds=plan.rounds.map(lambda _: next(texts))) for plan in plans]
 
 
