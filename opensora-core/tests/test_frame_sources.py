@@ -276,12 +276,17 @@ def test_phone_pictures_of_another_kind_are_named(tmp_path):
         frames_of(tmp_path / "IMG_1.HEIC")
 
 
-def test_drawings_that_are_programs_are_not_run(tmp_path):
+def test_drawings_that_are_programs_are_not_run(tmp_path, monkeypatch):
+    interpreter = tmp_path / "gs"
+    interpreter.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     (tmp_path / "a.eps").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n%%EOF\n"
     )
     with pytest.raises(DataError, match=r"a\.eps"):
         frames_of(tmp_path / "a.eps")
+    assert not (tmp_path / "was-run").exists()
 
 
 def folder_of_frames(folder: Path) -> Path:
