@@ -416,13 +416,85 @@ class Good:
     def loss(self, denoiser, latents, conditioning, *, draws, timestep=None):
         return self.errors(denoiser, latents, conditioning, draws).mean((1, 2, 3, 4))
 
-    def sample(self, denoiser, noise, conditioning, *, draws, frame_mask=None):
-        latents = noise
-        for step in range(self.steps):
+    def guide(self, denoiser):
+        return denoiser
+
+    def sample(self, denoiser, noise, conditioning, *, draws, frame_mask=None, after=None):
+        latents = noise if after is None else after.latents
+        generated = torch.ones(()) if frame_mask is None else (frame_mask > 0)[:, None, :, None, None]
+        for step in range(0 if after is None else after.step + 1, self.steps):
             time = 1000.0 * (1 - step / self.steps)
             velocity = denoiser(latents, torch.full((len(latents),), time), conditioning)[:, :latents.shape[1]]
-            latents = latents + velocity / self.steps
+            latents = latents + generated * (velocity / self.steps + self.fresh(draws, step, latents))
             yield SampleState(step=step, num_steps=self.steps, timestep=time, latents=latents, denoised=latents)
+
+    def fresh(self, draws, step, latents):
+        return 0.0
+
+def guided_by(denoiser):
+    """Towards nothing, three times as far."""
+
+    class Guided:
+        scale = 3.0
+
+        def __call__(self, *arguments):
+            return self.scale * denoiser(*arguments)
+
+    return Guided()
+
+class WithGuidance(Good):
+    def guide(self, denoiser):
+        return guided_by(denoiser)
+
+class Noisy(Good):
+    adds_noise = True
+
+    def fresh(self, draws, step, latents):
+        return 0.1 * draws.normal(f"step {step}", latents.shape[1:])
+
+class SilentlyNoisy(Noisy):
+    adds_noise = False
+
+class SaysItIsNoisy(Good):
+    adds_noise = True
+
+class Lessens(Good):
+    """With a guidance that is never off."""
+
+    def guide(self, denoiser):
+        return guided_by(lambda *arguments: 0.5 * denoiser(*arguments))
+
+class CutsVariance(Good):
+    def guide(self, denoiser):
+        return lambda latents, *others: denoiser(latents, *others)[:, :latents.shape[1]]
+
+class BeginsAgain(Good):
+    def sample(self, *arguments, draws, frame_mask=None, after=None):
+        return super().sample(*arguments, draws=draws, frame_mask=frame_mask)
+
+class ForgetsItsMemory(Good):
+    def sample(self, *arguments, draws, frame_mask=None, after=None):
+        before = 0
+        for state in super().sample(*arguments, draws=draws, frame_mask=frame_mask, after=after):
+            yield SampleState(
+                step=state.step, num_steps=state.num_steps, timestep=state.timestep,
+                latents=state.latents + before, denoised=state.denoised,
+            )
+            before = 0.1 * state.latents
+
+class GoesOnWithoutFrames(Good):
+    def sample(self, *arguments, draws, frame_mask=None, after=None):
+        mask = frame_mask if after is None else None
+        return super().sample(*arguments, draws=draws, frame_mask=mask, after=after)
+
+class ChangesGivenFrames(Good):
+    def sample(self, *arguments, draws, frame_mask=None, after=None):
+        return super().sample(*arguments, draws=draws, after=after)
+
+class KeepsAllFrames(Good):
+    def sample(self, *arguments, draws, frame_mask=None, after=None):
+        mask = None if frame_mask is None else 0 * frame_mask
+        return super().sample(*arguments, draws=draws, frame_mask=mask, after=after)
 
 class MeanOverTheBatch(Good):
     def loss(self, *arguments, draws, timestep=None):
@@ -562,6 +634,24 @@ ALL_OF_A_TEXT_ENCODER = [
     "encodes alike again, and alone",
     "builds on the meta device, for dry runs",
 ]
+OF_A_LOSS = [
+    "loss is [B] and finite",
+    "loss is the same for the same draws, whatever the batch",
+    "loss has a gradient",
+    "frames that are given don't count in the loss",
+]
+OF_A_SAMPLER = [
+    "guidance predicts in the shape of the denoiser",
+    "guidance at scale 1 is the denoiser itself",
+    "sampling yields its state at each step",
+    "sampling ends in finite latents",
+    "sampling again gives the same",
+    "sampling alone gives the same as in a batch",
+    "adds_noise says whether sampling draws random numbers",
+    "sampling goes on from any state, bit for bit",
+    "sampling goes on from any state, bit for bit, with given frames",
+    "frames that are given are kept",
+]
 has_bf16 = probe_dtype("cpu", "bf16") is None
 
 
@@ -581,9 +671,12 @@ def test_good_ones_pass() -> None:
     assert check_text_encoder("kit-Labels", prompts=["0", "1", "22"]).passed == ALL_OF_A_TEXT_ENCODER
     assert check_text_encoder("kit-DropsOut").passed == [*ALL_OF_A_TEXT_ENCODER, *OF_A_MODULE]
     assert check_text_encoder("kit-Embedder").passed == tried([*ALL_OF_A_TEXT_ENCODER, *OF_A_MODULE])
-    assert len(check_scheduler("kit-Good").passed) == 8
-    assert len(check_scheduler("kit-Good", samples=False).passed) == 4
-    assert len(check_scheduler("kit-Good", trains=False, num_sampling_steps=2).passed) == 4
+    assert check_scheduler("kit-Good").passed == [*OF_A_LOSS, *OF_A_SAMPLER]
+    assert check_scheduler("kit-Good", samples=False).passed == OF_A_LOSS
+    assert check_scheduler("kit-Good", trains=False, num_sampling_steps=2).passed == OF_A_SAMPLER
+    assert check_scheduler("kit-WithGuidance", trains=False).passed == OF_A_SAMPLER
+    assert check_scheduler("kit-Noisy", trains=False).passed == OF_A_SAMPLER
+    assert check_scheduler("kit-ChangesGivenFrames", trains=False, given_within=5.0).passed == OF_A_SAMPLER
 
 
 @pytest.mark.parametrize(
@@ -659,6 +752,15 @@ def test_a_broken_text_encoder_fails_in_readable_words(name: str, words: str) ->
         ("Backwards", "sampling yields its state at each step"),
         ("NoSteps", "not one state"),
         ("MixesWhenSampling", "sampling alone gives the same as in a batch"),
+        ("Lessens", "guidance at scale 1 is the denoiser itself"),
+        ("CutsVariance", "denoiser: AssertionError: got [3, 4, 2, 5, 6], expected [3, 8, 2, 5, 6]"),
+        ("SilentlyNoisy", "adds_noise is False, and it drew ['step 0', 'step 1', 'step 2', 'step 3']"),
+        ("SaysItIsNoisy", "adds_noise is True, and it drew nothing"),
+        ("BeginsAgain", "bit for bit: AssertionError: after step 0"),
+        ("ForgetsItsMemory", "bit for bit: AssertionError: other latents after step 0"),
+        ("GoesOnWithoutFrames", "bit for bit, with given frames: AssertionError: other latents after step 0"),
+        ("KeepsAllFrames", "frames that are given are kept: AssertionError: the others are kept too"),
+        ("ChangesGivenFrames", "frames that are given are kept: AssertionError: they change by up to "),
     ],
 )
 def test_a_broken_scheduler_fails_in_readable_words(name: str, words: str) -> None:

@@ -133,8 +133,9 @@ def replayed_steps(noise, *, masked, batch):
 def test_sample_in_double_precision(goldens, replay, toy, case):
     vectors = goldens.case("iddpm_sample_f64", case["name"])
     batch = len(vectors["z"])
-    states = IDDPM(IDDPMSpec(cfg_channel=3, **case["cfg"])).sample(
-        toy(vectors["y_null"].squeeze(1)),
+    scheduler = IDDPM(IDDPMSpec(cfg_channel=3, **case["cfg"]))
+    states = scheduler.sample(
+        scheduler.guide(toy(vectors["y_null"].squeeze(1))),
         vectors["z"],
         told(vectors),
         draws=replay(replayed_steps(vectors["noise"], masked=False, batch=batch)),
@@ -148,8 +149,9 @@ def test_sample(goldens, replay, toy, case):
     vectors = goldens.case("iddpm_sample", case["name"])
     batch = len(vectors["z"])
     denoiser = toy(vectors["y_null"].squeeze(1))
-    states = IDDPM(IDDPMSpec(**case["cfg"])).sample(
-        denoiser,
+    scheduler = IDDPM(IDDPMSpec(**case["cfg"]))
+    states = scheduler.sample(
+        scheduler.guide(denoiser),
         vectors["z"],
         told(vectors),
         draws=replay(replayed_steps(vectors["noise"], masked="mask" in vectors, batch=batch)),
@@ -188,7 +190,7 @@ class Clipped:
 @pytest.mark.goldens("iddpm_ddim")
 def test_ddim(goldens, replay, toy, case):
     vectors = goldens.case("iddpm_ddim", case["name"])
-    scheduler = IDDPM(IDDPMSpec(num_sampling_steps=case["steps"], ddim_eta=case["eta"], cfg_scale=1))
+    scheduler = IDDPM(IDDPMSpec(num_sampling_steps=case["steps"], ddim_eta=case["eta"]))
     denoiser = Clipped(toy(), scheduler) if case["clip"] else toy()
     draws = replay(replayed_steps(vectors["noise"], masked=False, batch=len(vectors["z"])))
 
@@ -196,6 +198,11 @@ def test_ddim(goldens, replay, toy, case):
 
     assert_close(torch.stack([state.latents for state in states]), vectors["traj"], rtol=1e-3, atol=1e-3)
     assert_close(torch.stack([state.denoised for state in states]), vectors["pred_xstart"], rtol=1e-3, atol=1e-3)
+
+    steps = torch.tensor([0, case["steps"] - 2])
+    output = denoiser(vectors["z"], scheduler.timesteps[steps], told(vectors))
+    towards_noise = scheduler.reverse_step(output, vectors["z"], steps)
+    assert_close(towards_noise, vectors["reverse_one_step"], rtol=1e-3, atol=1e-3)
 
     steps = torch.tensor([0, case["steps"] - 1])
     output = denoiser(vectors["z"], scheduler.timesteps[steps], told(vectors))

@@ -7,7 +7,13 @@ import torch
 from torch.testing import assert_close
 
 from opensora.core.conditioning import Conditioning
-from opensora.schedulers.rectified_flow import RectifiedFlow, RectifiedFlowSpec, shift_timestep
+from opensora.schedulers.rectified_flow import (
+    RectifiedFlow,
+    RectifiedFlowSpec,
+    published_latent_frames,
+    shift_for_size,
+    shift_timestep,
+)
 
 
 def told(vectors, size=None, y="y"):
@@ -49,9 +55,10 @@ def test_sample(goldens, replay, toy, case):
     denoiser = toy(vectors["y_null"].squeeze(1))
     draws = replay({f"join {step}": noise for step, noise in enumerate(vectors.get("noise", []))})
 
+    scheduler = RectifiedFlow(RectifiedFlowSpec(**options))
     states = list(
-        RectifiedFlow(RectifiedFlowSpec(**options)).sample(
-            denoiser,
+        scheduler.sample(
+            scheduler.guide(denoiser),
             vectors["z"],
             told(vectors, case.get("size")),
             draws=draws,
@@ -70,13 +77,12 @@ def test_sample(goldens, replay, toy, case):
 
 def shifted(row, **changes):
     row = row | changes
-    return shift_timestep(
-        torch.tensor([row["t"]], dtype=torch.float64),
-        num_pixels=torch.tensor([float(row["height"] * row["width"])]),
-        num_frames=torch.tensor([float(row["num_frames"])]),
-        scale=row["scale"],
-        num_timesteps=row["num_timesteps"],
-    ).item()
+    shift = shift_for_size(
+        torch.tensor([float(row["height"] * row["width"])]),
+        published_latent_frames(torch.tensor([float(row["num_frames"])])),
+    )
+    timestep = torch.tensor([row["t"]], dtype=torch.float64)
+    return shift_timestep(timestep, shift * row["scale"], num_timesteps=row["num_timesteps"]).item()
 
 
 def test_timestep_transform(goldens):
@@ -99,11 +105,8 @@ def test_timestep_transform_decides_for_each_sample_of_a_mixed_batch(goldens):
     # The reference lets the first sample decide for all. Right are an image after an image, and videos after a video.
     image, *_ = goldens.json("timestep_transform")["mixed_batch"][0]["result"]
     video, _, long_video = goldens.json("timestep_transform")["mixed_batch"][1]["result"]
-    result = shift_timestep(
-        torch.full((3,), 500.0),
-        num_pixels=torch.full((3,), 240.0 * 426.0),
-        num_frames=torch.tensor([51.0, 1.0, 102.0]),
-    )
+    frames = published_latent_frames(torch.tensor([51.0, 1.0, 102.0]))
+    result = shift_timestep(torch.full((3,), 500.0), shift_for_size(torch.full((3,), 240.0 * 426.0), frames))
     assert_close(result, torch.tensor([video, image, long_video]), rtol=2e-4, atol=0)
     assert shifted(size, num_frames=1) == pytest.approx(image, rel=2e-4)
 

@@ -13,7 +13,8 @@ import opensora.schedulers
 
 
 @pytest.mark.parametrize(
-    "name", ["dpm_solver", "guidance", "iddpm", "iddpm_speed", "noise_schedules", "rectified_flow"]
+    "name",
+    ["dpm_solver", "guidance", "iddpm", "iddpm_speed", "noise_schedules", "rectified_flow", "sampling", "solvers"],
 )
 def test_all_lists_the_public_names(name):
     module = import_module(f"opensora.schedulers.{name}")

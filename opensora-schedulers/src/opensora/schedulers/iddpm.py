@@ -22,14 +22,15 @@ from opensora.core.errors import ConfigError, ShapeError
 from opensora.core.protocols import Denoiser, SampleState
 from opensora.core.randomness import Draws
 from opensora.schedulers._frames import FramePlan, keep_given, load_mask, masked_mean, split_channels
-from opensora.schedulers.guidance import guide
+from opensora.schedulers.guidance import Guidance, GuidanceSpec, guide
 from opensora.schedulers.noise_schedules import BETAS, NoiseSchedule, kept_steps, respaced_betas
+from opensora.schedulers.sampling import resume
 
 __all__ = ["IDDPM", "IDDPMSpec", "Posterior"]
 
 
 @frozen(kw_only=True)
-class IDDPMSpec:
+class IDDPMSpec(GuidanceSpec):
     """Options of `IDDPM`."""
 
     num_sampling_steps: int | None = field(default=None, validator=optional(gt(0)))
@@ -50,10 +51,6 @@ class IDDPMSpec:
     """Without learn_sigma: the lower bound of the variance instead of the upper one."""
     diffusion_steps: int = field(default=1000, validator=gt(0))
     """Steps before respacing. Pretrained models want 1000."""
-    cfg_scale: float = field(default=4.0, validator=ge(0))
-    """Classifier-free guidance: 1 is off and takes half the time; usual are 4 to 7, more follows the prompt closer."""
-    cfg_channel: int | None = field(default=None, validator=optional(gt(0)))
-    """How many leading channels are guided; None: all of the latents'. Open-Sora 1.0 and its configs use 3 of 4."""
     ddim_eta: float | None = field(default=None, validator=optional(and_(ge(0), le(1))))
     """Sample with DDIM, better with few steps: 0 adds no noise on the way, 1 adds about as much as DDPM. None: DDPM."""
 
@@ -97,6 +94,8 @@ class IDDPM:
         """[N] int64, what the denoiser is told at each step: the step's index before respacing."""
         self.schedule = NoiseSchedule.from_betas(respaced_betas(BETAS[spec.noise_schedule](spec.diffusion_steps), kept))
         self.num_timesteps = len(kept)
+        self.adds_noise = spec.ddim_eta != 0
+        """Whether steps draw fresh noise."""
 
     def loss(
         self,
@@ -159,6 +158,10 @@ class IDDPM:
             vb = vb * (self.num_timesteps / 1000)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
+    def guide(self, denoiser: Denoiser) -> Guidance:
+        """The denoiser under classifier-free guidance, see `Guidance`."""
+        return guide(denoiser, self.spec, num_timesteps=self.spec.diffusion_steps)
+
     @torch.no_grad()
     def sample(
         self,
@@ -168,6 +171,7 @@ class IDDPM:
         *,
         draws: Draws,
         frame_mask: Tensor | None = None,
+        after: SampleState | None = None,
     ) -> Iterator[SampleState]:
         """Ancestral (or DDIM) steps from noise to data, see `Scheduler.sample`. Draws "step <i>", i from 0.
 
@@ -176,14 +180,14 @@ class IDDPM:
         changed, as from Open-Sora. ``SampleState.timestep`` counts after respacing.
 
         Raises:
-            ShapeError: As `loss_terms`, or ``frame_mask`` is not [B, T].
-            ConfigError: ``frame_mask`` leaves [0, 1].
+            ShapeError: As `loss_terms`, ``frame_mask`` is not [B, T], or ``after`` is of another shape.
+            ConfigError: ``frame_mask`` leaves [0, 1], or ``after`` is of a run of another number of steps.
         """
-        denoiser = guide(denoiser, self.spec.cfg_scale, channels=self.spec.cfg_channel)
+        first, latents = resume(after, noise, num_steps=self.num_timesteps)
         frames = self._plan_frames(load_mask(frame_mask, noise), conditioning, noise)
         timesteps = self.timesteps.to(noise.device)
-        latents = noise.float()
-        for i, step in enumerate(reversed(range(self.num_timesteps))):
+        for i in range(first, self.num_timesteps):
+            step = self.num_timesteps - 1 - i
             now = self.schedule.at(step)
             if (joins := frames.joins[i]) is not None:
                 fresh = draws.normal(f"join {i}", latents.shape[1:])
@@ -223,12 +227,29 @@ class IDDPM:
         mean = now.posterior_mean_coef1 * denoised + now.posterior_mean_coef2 * latents
         return Posterior(mean, log_variance, denoised)
 
+    def reverse_step(self, output: Tensor, latents: Tensor, step: Tensor) -> Tensor:
+        """One DDIM step without noise in the other direction, towards noise: the latents one step further from the data.
+
+        Args:
+            output: [B, C or 2C, T, H, W], the denoiser's for these latents.
+            latents: [B, C, T, H, W].
+            step: [B] int64, where they are, after respacing. From the last step the way leads to noise alone.
+
+        Source: DDIM, https://arxiv.org/abs/2010.02502, section 4.3.
+        """
+        now = self.schedule.at(step)
+        posterior = self.posterior(output, latents, now)
+        abar = self.schedule.alphas_cumprod
+        abar_next = torch.cat([abar[1:], torch.zeros_like(abar[:1])]).to(step.device, torch.float32)[step]
+        abar_next = abar_next.view(-1, 1, 1, 1, 1)
+        return abar_next.sqrt() * posterior.denoised + (1 - abar_next).sqrt() * _epsilon(posterior, latents, now)
+
     def _transition(self, posterior: Posterior, latents: Tensor, now: NoiseSchedule) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the next latents."""
         if self.spec.ddim_eta is None:
             return posterior.mean, (0.5 * posterior.log_variance).exp()
         abar, abar_prev = now.alphas_cumprod, now.alphas_cumprod_prev
-        epsilon = ((1 / abar).sqrt() * latents - posterior.denoised) / (1 / abar - 1).sqrt()
+        epsilon = _epsilon(posterior, latents, now)
         sigma = self.spec.ddim_eta * ((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)).sqrt()  # DDIM, eq. 16
         return abar_prev.sqrt() * posterior.denoised + (1 - abar_prev - sigma**2).sqrt() * epsilon, sigma  # eq. 12
 
@@ -256,6 +277,12 @@ class IDDPM:
         return FramePlan.masked(
             conditioning, joins=joining == step, noisy=joining > step, moves=joining >= step, like=noise
         )
+
+
+def _epsilon(posterior: Posterior, latents: Tensor, now: NoiseSchedule) -> Tensor:
+    """The noise in ``latents``, if the clean ones are as foreseen."""
+    abar = now.alphas_cumprod
+    return ((1 / abar).sqrt() * latents - posterior.denoised) / (1 / abar - 1).sqrt()
 
 
 def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

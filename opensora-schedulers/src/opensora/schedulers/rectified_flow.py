@@ -1,4 +1,4 @@
-"""Rectified flow: straight paths between data and noise, learned as a velocity and followed by Euler steps.
+"""Rectified flow: straight paths between data and noise, learned as a velocity and followed step by step.
 
 Sources: Liu et al., https://arxiv.org/abs/2209.03003 (paths, loss); Esser et al., Stable Diffusion 3,
 https://arxiv.org/abs/2403.03206 (logit-normal timesteps, eq. 19; shift by size, eq. 23).
@@ -14,29 +14,38 @@ from typing import Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_
+from attrs.validators import and_, ge, gt, in_, le
 from torch import Tensor
 
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError, ShapeError
 from opensora.core.protocols import Denoiser, SampleState
 from opensora.core.randomness import Draws
-from opensora.schedulers._frames import FramePlan, keep_given, load_mask, masked_mean, split_channels
-from opensora.schedulers.guidance import guide
+from opensora.schedulers._frames import keep_given, masked_mean, split_channels
+from opensora.schedulers.guidance import Guidance, GuidanceSpec, guide
+from opensora.schedulers.sampling import Sampler, from_velocity
+from opensora.schedulers.solvers import NOISY_SOLVERS, SOLVERS, Levels
 
-__all__ = ["RectifiedFlow", "RectifiedFlowSpec", "shift_timestep"]
+__all__ = ["RectifiedFlow", "RectifiedFlowSpec", "published_latent_frames", "shift_for_size", "shift_timestep"]
 
 
 @frozen(kw_only=True)
-class RectifiedFlowSpec:
+class RectifiedFlowSpec(GuidanceSpec):
     """Options of `RectifiedFlow`."""
 
     num_sampling_steps: int = field(default=10, validator=gt(0))
-    """Euler steps. The cost of sampling grows with it; usual are 10 to 50, 30 in Open-Sora 1.2."""
+    """Steps of the solver. The cost of sampling grows with it; usual are 10 to 50, 30 in Open-Sora 1.2."""
+    solver: Literal["euler", "euler-ancestral", "heun", "dpm++2m", "dpm++3m", "dpm++2m-sde", "unipc"] = field(
+        default="euler", validator=in_(tuple(SOLVERS))
+    )
+    """How steps are taken. euler as in Open-Sora; unipc is more exact at the same cost, heun yet more at twice the cost;
+    euler-ancestral and dpm++2m-sde add noise on the way."""
+    eta: float = field(default=1.0, validator=and_(ge(0), le(1)))
+    """How much noise euler-ancestral and dpm++2m-sde add: 0 is none."""
+    sampling_shift: float = field(default=1.0, validator=gt(0))
+    """Above 1, sampling takes shorter steps at high noise and longer ones near the data. With 10 steps, 2 or 3 is better."""
     num_timesteps: int = field(default=1000, validator=gt(0))
     """Scale of the timesteps that the denoiser is told. Pretrained models want 1000."""
-    cfg_scale: float = field(default=4.0, validator=ge(0))
-    """Classifier-free guidance: 1 is off and takes half the time; usual are 4 to 7, more follows the prompt closer."""
     use_discrete_timesteps: bool = False
     """Whole-numbered timesteps, in training and sampling."""
     use_timestep_transform: bool = False
@@ -58,30 +67,46 @@ class RectifiedFlowSpec:
                 'sample_method="logit-normal" draws fractional timesteps, so it excludes use_discrete_timesteps=True. '
                 'Drop one of them, or use sample_method="uniform".'
             )
+        if self.use_discrete_timesteps and self.num_sampling_steps > self.num_timesteps:
+            raise ConfigError(
+                f"num_sampling_steps={self.num_sampling_steps} is more than there are whole-numbered timesteps "
+                f"(num_timesteps={self.num_timesteps}). Take fewer steps, or set use_discrete_timesteps=False."
+            )
 
 
-def shift_timestep(
-    timestep: Tensor, *, num_pixels: Tensor, num_frames: Tensor, scale: float = 1.0, num_timesteps: int = 1000
-) -> Tensor:
-    """Move timesteps towards noise for larger videos, which keep more signal at the same noise level.
-
-    Each sample is treated by itself. Lengths count in latent frames of the Open-Sora 1.2 autoencoder, 5 for each whole
-    17 frames; an image, and a video that is too short to fill a chunk of 17, counts as one latent frame.
+def shift_timestep(timestep: Tensor, shift: Tensor | float, *, num_timesteps: int = 1000) -> Tensor:
+    """Move timesteps towards noise.
 
     Args:
         timestep: [..., B], in [0, num_timesteps]. Not modified; the result has its dtype, and the same ends.
-        num_pixels: [B], height times width, before the autoencoder. 512 x 512 leaves timesteps of images as they are.
-        num_frames: [B], before the autoencoder.
-        scale: Further factor of the shift.
+        shift: [B], or one for all. 1 is none; above 1, steps become shorter at noise and longer at the data.
         num_timesteps: N.
 
-    Source: Stable Diffusion 3, https://arxiv.org/abs/2403.03206, eq. 23; time besides space: Open-Sora 1.2.
+    Source: Stable Diffusion 3, https://arxiv.org/abs/2403.03206, eq. 23.
     """
-    latent_frames = (num_frames // 17 * 5).clamp(min=1)
-    shift = (num_pixels / 512**2).sqrt() * latent_frames.sqrt() * scale
     u = timestep / num_timesteps
     # Over r u + (1 - u), not 1 + (r - 1) u: the same, but exactly 1 at u = 1, so that mask 1 joins at the first step.
     return shift * u / (shift * u + (1 - u)) * num_timesteps
+
+
+def shift_for_size(num_pixels: Tensor, latent_frames: Tensor) -> Tensor:
+    """The shift for larger and longer videos, which keep more signal at the same noise level, [B].
+
+    Args:
+        num_pixels: [B], height times width, before the autoencoder. 1 frame of 512 x 512 pixels is not shifted.
+        latent_frames: [B], behind the autoencoder.
+
+    Source: Stable Diffusion 3, section 5.3.2; time besides space: Open-Sora 1.2.
+    """
+    return (num_pixels / 512**2).sqrt() * latent_frames.sqrt()
+
+
+def published_latent_frames(num_frames: Tensor) -> Tensor:
+    """Latent frames of the Open-Sora 1.2 autoencoder, 5 for each whole 17 frames, [B].
+
+    An image, and a video that is too short to fill a chunk of 17, counts as one.
+    """
+    return (num_frames // 17 * 5).clamp(min=1)
 
 
 class RectifiedFlow:
@@ -93,6 +118,8 @@ class RectifiedFlow:
         """Nothing is computed before it is asked for."""
         self.spec = spec
         self.num_timesteps = spec.num_timesteps
+        self.adds_noise = spec.solver in NOISY_SOLVERS and spec.eta > 0
+        """Whether steps draw fresh noise."""
 
     def loss(
         self,
@@ -119,7 +146,10 @@ class RectifiedFlow:
         velocity, _ = split_channels(denoiser(noised, timestep, conditioning), latents)  # [B, C, T, H, W]
         return masked_mean((velocity - (latents - noise)).square(), conditioning.frame_mask)
 
-    @torch.no_grad()
+    def guide(self, denoiser: Denoiser) -> Guidance:
+        """The denoiser under classifier-free guidance, see `Guidance`."""
+        return guide(denoiser, self.spec, num_timesteps=self.num_timesteps)
+
     def sample(
         self,
         denoiser: Denoiser,
@@ -128,37 +158,25 @@ class RectifiedFlow:
         *,
         draws: Draws,
         frame_mask: Tensor | None = None,
+        after: SampleState | None = None,
     ) -> Iterator[SampleState]:
-        """Euler steps from noise to data, see `Scheduler.sample`.
-
-        A frame of mask r stays as given, bit for bit, until the timestep has come down to r N. It is then noised to
-        that timestep with the draw "join <step>" and denoised with the rest. ``SampleState.timestep`` is the largest of
-        the batch.
+        """Steps from noise to data, see `Sampler.sample`.
 
         Raises:
-            ShapeError: As `loss`, or ``frame_mask`` is not [B, T].
-            ConfigError: ``frame_mask`` leaves [0, 1].
+            ShapeError: The timestep transform is on and the conditioning holds no size, or as `Sampler.sample`.
+            ConfigError: As `Sampler.sample`.
         """
-        denoiser = guide(denoiser, self.spec.cfg_scale)
-        timesteps = self.sampling_timesteps(conditioning, batch=len(noise))  # [S + 1, B]
-        frames = self._plan_frames(load_mask(frame_mask, noise), timesteps, conditioning, noise)
-        t = timesteps.to(noise.device, torch.float32)
-        strides = ((timesteps[:-1] - timesteps[1:]) / self.num_timesteps).to(noise.device, torch.float32)
-        latents = noise.float()
-        for step in range(self.spec.num_sampling_steps):
-            if (joins := frames.joins[step]) is not None:
-                fresh = draws.normal(f"join {step}", latents.shape[1:])
-                latents = torch.where(joins, self.add_noise(latents, fresh, t[step]), latents)
-            velocity, _ = split_channels(denoiser(latents, t[step], frames.conditioning[step]), latents)
-            denoised = frames.keep(step, latents + velocity * _per_sample(t[step] / self.num_timesteps), latents)
-            latents = frames.keep(step, latents + velocity * _per_sample(strides[step]), latents)
-            yield SampleState(
-                step=step,
-                num_steps=self.spec.num_sampling_steps,
-                timestep=timesteps[step].max().item(),
-                latents=latents,
-                denoised=denoised,
-            )
+        levels = self.levels(conditioning, batch=len(noise))
+        weights = SOLVERS[self.spec.solver](levels, eta=self.spec.eta)
+        return Sampler(levels=levels, weights=weights, foresee=from_velocity).sample(
+            denoiser, noise, conditioning, draws=draws, frame_mask=frame_mask, after=after
+        )
+
+    def levels(self, conditioning: Conditioning, *, batch: int) -> Levels:
+        """The noise levels that sampling goes through, for ``batch`` samples."""
+        timesteps = self.sampling_timesteps(conditioning, batch=batch)
+        u = timesteps / self.num_timesteps
+        return Levels(timesteps=timesteps, alphas=1 - u, sigmas=u)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """The point at ``timestep`` [B] of the straight path from ``latents`` to ``noise``, both [B, C, T, H, W]."""
@@ -182,31 +200,24 @@ class RectifiedFlow:
         timesteps = (1 - torch.arange(steps + 1, dtype=torch.float64) / steps) * self.num_timesteps
         if self.spec.use_discrete_timesteps:
             timesteps = timesteps.round()
-        return self._shift(timesteps[:, None].expand(-1, batch), conditioning, scale=1.0)
+        return self._shift(timesteps[:, None].expand(-1, batch), conditioning, self.spec.sampling_shift)
 
-    def _shift(self, timestep: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
+    def _shift(self, timestep: Tensor, conditioning: Conditioning, factor: float) -> Tensor:
+        """Shift ``timestep`` [..., B] by ``factor`` and, if that is asked for, by size."""
         if not self.spec.use_timestep_transform:
-            return timestep
-        height, width, num_frames = conditioning.height, conditioning.width, conditioning.num_frames
-        if height is None or width is None or num_frames is None:
+            return timestep if factor == 1 else shift_timestep(timestep, factor, num_timesteps=self.num_timesteps)
+        height, width, frames = conditioning.height, conditioning.width, conditioning.latent_frames
+        if frames is None and conditioning.num_frames is not None:
+            frames = published_latent_frames(conditioning.num_frames)
+        if height is None or width is None or frames is None:
             raise ShapeError(
                 "use_timestep_transform=True needs the videos' size: height, width and num_frames in the conditioning. "
                 "Give them, or set use_timestep_transform=False."
             )
-        height, width, num_frames = (size.to(timestep) for size in (height, width, num_frames))
+        height, width, frames = (size.to(timestep) for size in (height, width, frames))
         return shift_timestep(
-            timestep, num_pixels=height * width, num_frames=num_frames, scale=scale, num_timesteps=self.num_timesteps
+            timestep, shift_for_size(height * width, frames) * factor, num_timesteps=self.num_timesteps
         )
-
-    def _plan_frames(
-        self, mask: Tensor | None, timesteps: Tensor, conditioning: Conditioning, noise: Tensor
-    ) -> FramePlan:
-        if mask is None:
-            return FramePlan.free(conditioning, self.spec.num_sampling_steps)
-        # A millionth of slack: a float32 0.95 is a little less than 0.95 and yet means the step at exactly 0.95 N.
-        active = (mask + 1e-6 >= timesteps[:-1, :, None] / self.num_timesteps) & (mask > 0)  # [S, B, T]
-        was_active = torch.cat([(mask == 1)[None], active[:-1]])
-        return FramePlan.masked(conditioning, joins=active & ~was_active, noisy=active, moves=active, like=noise)
 
 
 def _per_sample(values: Tensor) -> Tensor:

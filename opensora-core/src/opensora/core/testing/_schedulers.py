@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import define, field, frozen
 from torch import Tensor
 
 from opensora.core.components import build
 from opensora.core.conditioning import Conditioning
 from opensora.core.protocols import Scheduler
-from opensora.core.randomness import SampleDraws, SampleKey
+from opensora.core.randomness import Draws, SampleDraws, SampleKey
 from opensora.core.testing._report import Report
 
 __all__ = ["ToyDenoiser", "check_scheduler"]
+
+
+@define
+class CountedDraws:
+    """Draws, and how many were taken."""
+
+    draws: Draws
+    taken: list[str] = field(factory=list)
+    """Their names."""
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """See `Draws.normal`."""
+        self.taken.append(name)
+        return self.draws.normal(name, shape)
+
+    def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        """See `Draws.uniform`."""
+        self.taken.append(name)
+        return self.draws.uniform(name, shape)
+
+    def integers(self, name: str, high: int, shape: Sequence[int] = ()) -> Tensor:
+        """See `Draws.integers`."""
+        self.taken.append(name)
+        return self.draws.integers(name, high, shape)
 
 
 @frozen
@@ -47,9 +71,10 @@ def check_scheduler(
     trains: bool = True,
     samples: bool = True,
     num_sampling_steps: int = 4,
+    given_within: float = 0.0,
     **options: Any,
 ) -> Report:
-    """Loss per sample, gradients, frame masks; sampling: states, determinism, batch independence.
+    """Loss per sample, gradients, frame masks; sampling: states, determinism, batch independence, going on, given frames.
 
     Args:
         name: As in ``type=``.
@@ -57,6 +82,7 @@ def check_scheduler(
         trains: Whether it has a loss.
         samples: Whether it samples.
         num_sampling_steps: Steps to try.
+        given_within: How far frames that are given may change in sampling. 0: they are kept bit for bit.
         options: Further options of the component's ``Spec``.
 
     Raises:
@@ -77,7 +103,10 @@ def check_scheduler(
     if trains:
         check_loss(report, scheduler, denoiser, latents, conditioning, draws)
     if samples:
+        check_guidance(report, scheduler, denoiser, latents, conditioning)
         check_sampling(report, scheduler, denoiser, latents, conditioning, draws)
+        check_going_on(report, scheduler, denoiser, latents, conditioning, draws)
+        check_given_frames(report, scheduler, denoiser, latents, conditioning, draws, given_within)
     return report
 
 
@@ -111,6 +140,23 @@ def check_loss(
 
 
 @torch.no_grad()
+def check_guidance(
+    report: Report, scheduler: Scheduler, denoiser: ToyDenoiser, latents: Tensor, conditioning: Conditioning
+) -> None:
+    """Guidance keeps shapes, and where it has a scale, 1 turns it off."""
+    timestep = torch.full((3,), 500.0)
+    alone = denoiser(latents, timestep, conditioning)
+    guided = scheduler.guide(denoiser)
+    with report.checking("guidance predicts in the shape of the denoiser"):
+        prediction = guided(latents, timestep, conditioning)
+        assert prediction.shape == alone.shape, f"got {list(prediction.shape)}, expected {list(alone.shape)}"
+    with report.checking("guidance at scale 1 is the denoiser itself"):
+        if hasattr(guided, "scale"):
+            guided.scale = 1.0
+            assert torch.equal(guided(latents, timestep, conditioning), alone)
+
+
+@torch.no_grad()
 def check_sampling(
     report: Report,
     scheduler: Scheduler,
@@ -135,3 +181,50 @@ def check_sampling(
     with report.checking("sampling alone gives the same as in a batch"):
         *_, alone = scheduler.sample(denoiser, noise[2:].clone(), conditioning[2:], draws=SampleDraws(draws.keys[2:]))
         torch.testing.assert_close(alone.latents, states[-1].latents[2:], rtol=1e-5, atol=1e-5)
+    with report.checking("adds_noise says whether sampling draws random numbers"):
+        counted = CountedDraws(draws)
+        list(scheduler.sample(denoiser, noise.clone(), conditioning, draws=counted))
+        announced = getattr(scheduler, "adds_noise", False)
+        assert announced == bool(counted.taken), f"adds_noise is {announced}, and it drew {counted.taken or 'nothing'}"
+
+
+@torch.no_grad()
+def check_going_on(
+    report: Report,
+    scheduler: Scheduler,
+    denoiser: ToyDenoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    draws: SampleDraws,
+) -> None:
+    """Behind any state the rest is as in the unbroken run, with frames that are given or join later too."""
+    frame_mask = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.5, 1.0]])
+    for mask in (None, frame_mask):
+        with_frames = "" if mask is None else ", with given frames"
+        with report.checking(f"sampling goes on from any state, bit for bit{with_frames}"):
+            states = list(scheduler.sample(denoiser, noise.clone(), conditioning, draws=draws, frame_mask=mask))
+            for state in states:
+                rest = list(scheduler.sample(denoiser, noise, conditioning, draws=draws, frame_mask=mask, after=state))
+                expected = states[state.step + 1 :]
+                assert [each.step for each in rest] == [each.step for each in expected], f"after step {state.step}"
+                same = all(torch.equal(a.latents, b.latents) for a, b in zip(rest, expected, strict=True))
+                assert same, f"other latents after step {state.step}"
+
+
+@torch.no_grad()
+def check_given_frames(
+    report: Report,
+    scheduler: Scheduler,
+    denoiser: ToyDenoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    draws: SampleDraws,
+    within: float,
+) -> None:
+    """A frame of mask 0 comes back, the others are generated."""
+    frame_mask = torch.tensor([[0.0, 1.0]] * 3)
+    with report.checking("frames that are given are kept"):
+        *_, last = scheduler.sample(denoiser, noise.clone(), conditioning, draws=draws, frame_mask=frame_mask)
+        change = (last.latents - noise)[:, :, 0].abs().max().item()
+        assert change <= within, f"they change by up to {change:g}, and may by {within:g}"
+        assert not torch.equal(last.latents[:, :, 1], noise[:, :, 1]), "the others are kept too"
