@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opensora.core.commands.opensora_run import main
 from opensora.core.components import build
+from opensora.core.run_folder import held
 from opensora.core.sampling import load
 from opensora.core.video import probe_video, read_image, read_video, write_image, write_video
 
@@ -236,6 +237,27 @@ def test_bad_input_is_refused(
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.glob("samples/*.mp4"))
+
+
+def test_a_watermark_that_is_no_picture_is_refused_before_anything_is_made(
+    values: dict[str, Any], write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mark.png").write_text("no picture")
+    config = write({**values, "save_dir": str(tmp_path / "samples")})
+    assert main([str(config), "--prompt", "a", "--watermark", str(tmp_path / "mark.png")]) == 2
+    assert "mark.png" in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists()
+
+
+def test_two_runs_do_not_write_into_one_folder(
+    values: dict[str, Any], write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    with held(folder):
+        assert main([str(write({**values, "save_dir": str(folder)})), "--prompt", "a"]) == 2
+    assert "Another run is writing" in capsys.readouterr().err
+    assert not list(folder.glob("*.mp4"))
 
 
 # ---- long videos

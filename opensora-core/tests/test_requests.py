@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opensora.core import ConfigError, DataError
+from opensora.core import Conditioning, ConfigError, DataError
 from opensora.core.config.structure import structure
 from opensora.core.pipelines.sample_requests import choose_entries, plan_requests, read_plans, refine_plans
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.requests import EndlessRequests, Request, file_stem, iter_batches
+from opensora.core.video_sampler import build_conditioning
 
 FOLDER = Path("out/dir")
 
@@ -217,3 +220,39 @@ def test_formats_have_their_names(tmp_path: Path) -> None:
     assert plan("a", num_frames=1)[0].path.name == "sample_0000.png"
     assert plan("a", format="gif")[0].path.name == "sample_0000.gif"
     assert plan("a", format="frames")[0].path.name == "sample_0000"
+
+
+class Texts:
+    """A text encoder."""
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        return Conditioning(text_embedding=torch.zeros(len(prompts), 2, 4))
+
+
+class Quarter:
+    """An autoencoder."""
+
+    def latent_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        return -(-size[0] // 4), size[1] // 8, size[2] // 8
+
+
+def test_denoisers_are_told_sizes_as_published(golden: Callable[[str], Any]) -> None:
+    parts: Any = SimpleNamespace(text_encoder=Texts(), vae=Quarter())
+    names = {"ar": "aspect_ratio", "height": "height", "width": "width", "num_frames": "num_frames", "fps": "fps"}
+    checked = 0
+    for row in golden("multi_resolution"):
+        (request,) = plan("a", num_frames=row["num_frames"], image_size=row["image_size"], fps=row["fps"])
+        told = build_conditioning(parts, [request] * row["batch_size"])
+        for name, expected in row.get("ok", {}).items():
+            if name == "hw":
+                found = torch.stack([told.height, told.width], dim=1)
+            else:
+                found = getattr(told, names[name]).view(torch.tensor(expected).shape)
+            torch.testing.assert_close(found, torch.tensor(expected))
+            checked += 1
+    assert checked == 24
+
+
+def test_a_kind_of_size_conditions_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="multi_resolution"):
+        plan("a", multi_resolution="stdit2")

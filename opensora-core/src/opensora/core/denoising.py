@@ -21,6 +21,7 @@ import torch
 from attrs import define, field
 from torch import Tensor
 
+from opensora.core.attention import Kernel, sdpa, use_kernel
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.core.hooking import Hooks
@@ -47,6 +48,8 @@ class Denoising:
     keys: Sequence[SampleKey]
     """[B]: where each video's random numbers come from."""
     hooks: Hooks
+    kernel: Kernel = sdpa
+    """What computes attention."""
     state: SampleState | None = None
     """Of the last step that was made; None before the first."""
     _scale: float | None = field(default=None, alias="guidance_scale")
@@ -89,7 +92,7 @@ class Denoising:
                 frame_mask=self.frame_mask,
                 after=self.state,
             )
-        with torch.inference_mode(), self._scaled():
+        with torch.inference_mode(), use_kernel(self.kernel), self._scaled():
             self.hooks.denoising_step(denoising=self)
             self.state = next(self._steps)
         return self.state

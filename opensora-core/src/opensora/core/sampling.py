@@ -21,8 +21,6 @@ from attrs import define, frozen
 from torch import Tensor
 
 from opensora.core.accelerator import Single, SingleSpec
-from opensora.core.attention import use_kernel
-from opensora.core.components import load as load_component
 from opensora.core.composing import check_components
 from opensora.core.config._merge import merge
 from opensora.core.config.evaluate import evaluate
@@ -129,10 +127,9 @@ class SamplingPipeline:
 
     def _sample(self, batch: Sequence[Request]) -> list[Video]:
         pieces: list[list[Tensor]] = [[] for _ in batch]
-        with use_kernel(load_component("attention", self.spec.attention)):
-            for piece in self.sampler.iter_pieces(batch):
-                for own, frames in zip(pieces, piece.frames, strict=True):
-                    own.append(frames)
+        for piece in self.sampler.iter_pieces(batch):
+            for own, frames in zip(pieces, piece.frames, strict=True):
+                own.append(frames)
         return [
             Video(
                 frames=torch.cat(pieces[row]),

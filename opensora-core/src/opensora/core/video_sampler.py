@@ -19,6 +19,7 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from opensora.core.accelerator import Accelerator
+from opensora.core.attention import Kernel, sdpa
 from opensora.core.components import build
 from opensora.core.composing import Parts
 from opensora.core.conditioning import Conditioning
@@ -82,6 +83,8 @@ class VideoSampler:
     """The denoiser under the scheduler's guidance."""
     denoiser: Denoiser
     """That, inside the wrappers of hooks."""
+    kernel: Kernel = sdpa
+    """What computes attention."""
     overlap: Overlap = field(factory=Overlap)
     scheduler_config: ComponentConfig | None = None
     """Builds schedulers with other numbers of steps."""
@@ -175,6 +178,7 @@ class VideoSampler:
             frame_mask=mask,
             keys=keys,
             hooks=self.hooks,
+            kernel=self.kernel,
             guidance_scale=first.cfg_scale,
         )
 

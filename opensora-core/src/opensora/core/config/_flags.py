@@ -6,9 +6,9 @@ from typing import Literal
 
 from attrs import field, frozen
 
-Kind = Literal["int", "float", "str", "bool", "switch", "strs", "pair", "size", "frames", "every"]
+Kind = Literal["int", "float", "str", "bool", "switch", "strs", "pair", "size", "frames", "every", "mark"]
 """How a flag's text is read. bool: yes/true/t/y/1 or no/false/f/n/0. switch: no text, True. strs: one or more. pair: two.
-size: height and width. frames: a number, or a name such as 4s. every: a number, or nothing, for 5."""
+size: height and width. frames: a number, or a name such as 4s. every: a number, or nothing, for 5. mark: as bool, or a path."""
 Group = Literal["all", "sampling", "training"]
 
 
@@ -100,7 +100,7 @@ FLAGS: tuple[Flag, ...] = (
     _sampling("--flow", "float", "motion score to ask for"),
     _sampling("--camera-motion", "str", "camera motion to ask for"),
     _sampling("--llm-refine", "bool", "let a language model rewrite the prompts"),
-    _sampling("--watermark", "bool", "put a mark on a copy of each file"),
+    _sampling("--watermark", "mark", "put a mark, or this png, on a copy of each file"),
     _sampling("--format", "str", "of the files: mp4, gif, or frames for a folder of png"),
     _sampling("--preview", "every", "write a cheap preview of each video every so many steps"),
     _sampling("--verbose", "int", "0 silent, 1 progress over videos, 2 over steps too"),

@@ -208,6 +208,13 @@ def _parse_frames(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def _parse_mark(text: str) -> bool | str:
+    try:
+        return parse_bool(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
 def _parse_number(kind: type[int] | type[float], words: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
@@ -227,6 +234,7 @@ _PARSING: Mapping[str, dict[str, Any]] = {
     "switch": {"action": "store_true"},
     "strs": {"nargs": "+", "metavar": "TEXT"},
     "pair": {"nargs": 2, "metavar": ("FROM", "TO")},
+    "mark": {"type": _parse_mark, "metavar": "YES|NO|PNG"},
     "every": {"type": _INT, "nargs": "?", "const": 5, "metavar": "N"},
     "size": {"type": _INT, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")},
     "frames": {"type": _parse_frames, "metavar": "N"},

@@ -14,7 +14,6 @@ import attrs
 import torch
 
 from opensora.core.accelerator import Accelerator
-from opensora.core.attention import use_kernel
 from opensora.core.components import build, load
 from opensora.core.composing import (
     build_accelerator,
@@ -27,18 +26,20 @@ from opensora.core.composing import (
 )
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.config.write import write_config
+from opensora.core.frame_sources import open_frames
 from opensora.core.hooking import Hooks, build_hooks
 from opensora.core.pipelines.sample_loop import SEAMS, SampleRun, sample
 from opensora.core.pipelines.sample_recipes import Repeatable, made_again
 from opensora.core.pipelines.sample_requests import Plan, choose_entries, plan_requests, read_plans, refine_plans
 from opensora.core.pipelines.sample_sizes import check_sizes
 from opensora.core.pipelines.sample_spec import SampleSpec
-from opensora.core.prompt_syntax import parse_rounds
+from opensora.core.prompt_syntax import is_url, parse_rounds
 from opensora.core.reference_latents import Overlap
 from opensora.core.requests import EndlessRequests, Request
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder, read_jsonl, write_atomically
 from opensora.core.text_cache import CachedTextEncoder
 from opensora.core.video_sampler import VideoSampler
+from opensora.core.watermark import Watermark
 
 if TYPE_CHECKING:
     from opensora.core.config.evaluate import Config
@@ -55,7 +56,7 @@ class Sample:
     Spec = SampleSpec
 
     def __init__(self, spec: SampleSpec, *, config: Config) -> None:
-        """Check every component's options, and read the prompts and what they start from.
+        """Check every component's options, and read the prompts.
 
         Raises:
             ComponentError, ConfigError: A component is missing, or an option or a prompt is wrong.
@@ -72,6 +73,7 @@ class Sample:
     def run(self) -> dict[str, Path]:
         """Sample all prompts, write ``summary.json``, and return where the results are."""
         begin = time.perf_counter()
+        check_files(self.spec, distinct(self.requests))
         with build_accelerator(self.spec) as accelerator, ExitStack() as stack:
             folder, samples = accelerator.from_main(lambda: choose_folders(self.spec))
             if accelerator.is_main:
@@ -85,9 +87,8 @@ class Sample:
             seconds = run.sampler.clock.seconds
             seconds["load"] = time.perf_counter() - begin - sum(seconds.values())
             try:
-                with use_kernel(load("attention", self.spec.attention)):
-                    run.hooks.sample_start(run=run)
-                    sample(run)
+                run.hooks.sample_start(run=run)
+                sample(run)
                 with run.sampler.clock.phase("wait"):
                     accelerator.barrier()
             finally:
@@ -135,6 +136,19 @@ def choose_folders(spec: SampleSpec) -> tuple[Path, Path]:
     return folder, make_folder(folder / "samples")
 
 
+def check_files(spec: SampleSpec, requests: Iterable[Request]) -> None:
+    """See that what the samples are made of can be read, before anything is loaded. Addresses are read when their turn comes.
+
+    Raises:
+        DataError: A reference or the watermark can't be read.
+    """
+    if isinstance(spec.watermark, str):
+        Watermark.load(spec.watermark)
+    sources = {source for request in requests for source in request.given.resolve(length=1)[0]}
+    for source in sorted(source for source in sources if not is_url(source)):
+        open_frames(source).close()
+
+
 def distinct(requests: Sequence[Request]) -> Iterable[Request]:
     """All requests; of endless ones, which are all alike, the first."""
     return requests[:1] if isinstance(requests, EndlessRequests) else requests
@@ -180,6 +194,7 @@ def build_sampler(
         hooks=hooks,
         guided=guided,
         denoiser=wrap(guided, hooks, spec),
+        kernel=load("attention", spec.attention),
         overlap=Overlap(length=spec.condition_frame_length, edit_ratio=spec.condition_frame_edit, align=spec.align),
         scheduler_config=spec.scheduler,
     )

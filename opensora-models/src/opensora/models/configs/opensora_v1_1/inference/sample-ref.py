@@ -1,7 +1,7 @@
 """Animate, connect and edit with Open-Sora 1.1: references in the prompts, two rounds of 16 frames at 240p.
 
-Each prompt ends in JSON with the files to start from and where their frames go. Rounds and references are not built yet:
-this page composes (--dry-run), and says so when it is run.
+Prompts end in JSON with the files to start from and where their frames go. Bring these files, cat.png and the others, or
+write prompts of your own: docs/prompts.md.
 
 Hardware: one GPU with 16 GB: T5 takes 9 GiB in bf16 and is released once the prompts are encoded, the model 1.4 GiB.
 Command:  opensora-run opensora-v1-1/inference/sample-ref
