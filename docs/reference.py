@@ -31,7 +31,8 @@ INTRODUCTIONS = {
     "[Autoencoders](../autoencoders.md#training-one).",
     "text_encoders": 'Text encoders: `text_encoder = dict(type="...")`. Besides their own options, all take `device` and '
     "`dtype`. The default is `hashed-words`. More: [Text encoders](../text-encoders.md).",
-    "schedulers": 'Training objectives and samplers: `scheduler = dict(type="...")`.',
+    "schedulers": 'Training objectives and samplers: `scheduler = dict(type="...")`. More: [Schedulers](../schedulers.md).',
+    "prompters": 'What rewrites prompts: `prompter = dict(type="...")`. More: [Prompters](../prompters.md).',
     "datasets": 'Datasets: `dataset = dict(type="...")`.',
     "accelerators": 'How a step runs on the hardware: `accelerator = dict(type="...")`. The default is '
     "`single`, and `ddp` with several processes.",

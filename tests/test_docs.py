@@ -33,7 +33,7 @@ DOCS = ROOT / "docs"
 EXAMPLE = DOCS / "example-plugin"
 RUN_PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("tutorial", "plugins", "configuration", "runs", "sampling", "prompts")),
+    *(f"docs/{name}.md" for name in ("tutorial", "plugins", "configuration", "runs", "sampling", "prompts", "prompters")),
     *(
         f"docs/{name}.md"
         for name in ("models", "weights", "autoencoders", "text-encoders", "data", "open-sora-configs")

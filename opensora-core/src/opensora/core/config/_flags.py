@@ -8,7 +8,7 @@ from attrs import field, frozen
 
 Kind = Literal["int", "float", "str", "bool", "switch", "strs", "pair", "size", "frames", "every", "mark"]
 """How a flag's text is read. bool: yes/true/t/y/1 or no/false/f/n/0. switch: no text, True. strs: one or more. pair: two.
-size: height and width. frames: a number, or a name such as 4s. every: a number, or nothing, for 5. mark: as bool, or a path."""
+size: height and width. frames: a number, or a name such as 4s. every: a number, or nothing: 5. mark: as bool, or a path."""
 Group = Literal["all", "sampling", "training"]
 
 
