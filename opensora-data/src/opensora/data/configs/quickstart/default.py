@@ -56,10 +56,10 @@ stages = dict(
         ),
         seed=_seed,
         mask_ratios=dict(  # some clips are trained with frames given, so that the model can also animate and extend
-            image_head=0.15,
+            image_head=0.25,
             quarter_head=0.15,
-            image_tail=0.05,
-            image_head_tail=0.05,
+            image_tail=0.03,
+            image_head_tail=0.03,
         ),
         batch_size=8,
         max_steps=5000,
