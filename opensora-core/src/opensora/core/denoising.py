@@ -33,7 +33,11 @@ __all__ = ["Denoising"]
 
 @define(kw_only=True, eq=False)
 class Denoising:
-    """An iterator over the states of one batch. Each step is made when it is asked for, so leaving the loop stops it."""
+    """An iterator over the states of one batch. Each step is made when it is asked for, so leaving the loop stops it.
+
+    Raises:
+        ConfigError: There is to be a guidance scale, but it is negative, or the scheduler's guidance has none.
+    """
 
     scheduler: Scheduler
     guided: Denoiser
@@ -54,6 +58,10 @@ class Denoising:
     """Of the last step that was made; None before the first."""
     _scale: float | None = field(default=None, alias="guidance_scale")
     _steps: Iterator[SampleState] | None = field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        if self._scale is not None:
+            _check_guidance_scale(self.guided, self._scale)
 
     @property
     def draws(self) -> Draws:
@@ -83,19 +91,30 @@ class Denoising:
         return self
 
     def __next__(self) -> SampleState:
-        if self._steps is None:
-            self._steps = self.scheduler.sample(
-                self.denoiser,
-                self.noise,
-                self.conditioning,
-                draws=self.draws,
-                frame_mask=self.frame_mask,
-                after=self.state,
-            )
+        if self._is_done:
+            raise StopIteration
+        steps, self._steps = self._steps or self._begin(), None  # after an error, the next call tries the step again
         with torch.inference_mode(), use_kernel(self.kernel), self._scaled():
             self.hooks.denoising_step(denoising=self)
-            self.state = next(self._steps)
+            self.state = next(steps)
+        if not self._is_done:
+            self._steps = steps
         return self.state
+
+    @property
+    def _is_done(self) -> bool:
+        return self.state is not None and self.state.step + 1 >= self.state.num_steps
+
+    def _begin(self) -> Iterator[SampleState]:
+        """The steps that are left."""
+        return self.scheduler.sample(
+            self.denoiser,
+            self.noise,
+            self.conditioning,
+            draws=self.draws,
+            frame_mask=self.frame_mask,
+            after=self.state,
+        )
 
     def finish(self) -> Tensor:
         """Make the steps that are left, and return the latents."""
@@ -109,12 +128,15 @@ class Denoising:
         Args:
             guidance_scale: None: as here.
             seeds: [B], for the noise of the steps that are left, where the scheduler adds any. None: as here.
+
+        Raises:
+            ConfigError: The scale can't be had, or there aren't as many seeds as videos.
         """
-        if guidance_scale is not None:
-            _check_guidance_scale(self.guided, guidance_scale)
         scale = self._scale if guidance_scale is None else guidance_scale
         keys = self.keys
         if seeds is not None:
+            if len(seeds) != len(keys):
+                raise ConfigError(f"There are {len(seeds)} seeds for {len(keys)} videos. Give one a video.")
             keys = [attrs.evolve(key, seed=seed) for key, seed in zip(keys, seeds, strict=True)]
         return attrs.evolve(self, guidance_scale=scale, keys=keys)
 
