@@ -50,13 +50,13 @@ class ResultWriter:
 
     def __enter__(self) -> Self:
         metadata = {"comment": recipe_text(self.recipe)}
-        self._sinks: list[Sink] = [self._open(self.path, metadata)]
-        if self._mark is not None:
-            self._sinks.append(self._open(watermarked_path(self.path), metadata))
+        paths = [self.path] if self._mark is None else [self.path, watermarked_path(self.path)]
+        with ExitStack() as stack:
+            sinks = [open_sink(path, fps=self.fps, crf=self.crf, metadata=metadata) for path in paths]
+            self._sinks: list[Sink] = [stack.enter_context(sink) for sink in sinks]
+            stack.push(self._conclude)  # before the files appear; if it fails they don't
+            self._stack = stack.pop_all()
         return self
-
-    def _open(self, path: Path, metadata: Mapping[str, str]) -> Sink:
-        return self._stack.enter_context(open_sink(path, fps=self.fps, crf=self.crf, metadata=metadata))
 
     def append(self, frames: Tensor, *, is_new_round: bool = False) -> None:
         """Write the next frames.
@@ -82,10 +82,14 @@ class ResultWriter:
             self.seams.append(measure_seam(self._before, torch.cat(self._after)[:_AROUND_SEAM]))
         self._before, self._after = None, []
 
-    def __exit__(
+    def _conclude(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
             self._close_seam()
             write_recipe(self.path, self.recipe)  # first, so that what is there always has one
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._stack.__exit__(kind, error, traceback)
