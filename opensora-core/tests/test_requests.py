@@ -106,6 +106,15 @@ def test_a_part_of_the_prompts_makes_the_same_videos_as_the_whole() -> None:
     assert plan(["a", "b", "c"], num_sample=2, start_index=2) == whole[4:]
 
 
+def test_prompts_counted_from_the_last_keep_their_numbers(tmp_path: Path) -> None:
+    given = {"reference_path": ["a.png", "b.png", "c.png"], "mask_strategy": "0"}
+    assert plan(["a", "b", "c"], start_index=-2, **given) == plan(["a", "b", "c"], **given)[1:]
+    path = tmp_path / "prompts.txt"
+    path.write_text("a\nb\nc\n")
+    (request,) = plan(None, prompt_path=str(path), start_index=-1)
+    assert (request.prompt, request.seed, request.path.name) == ("c", 44, "sample_0002.mp4")
+
+
 def test_scores_go_to_the_encoder_in_every_round_and_not_into_names() -> None:
     (request,) = plan(["a cat."], aes=6.5, prompt_as_path=True)
     assert request.text == "a cat. aesthetic score: 6.5."
@@ -119,6 +128,13 @@ def test_two_prompts_for_one_file_are_refused_before_anything_is_made() -> None:
     with pytest.raises(DataError, match=r"out/dir/a cat\.mp4"):
         plan(["a cat", "a dog", "a cat"], prompt_as_path=True)
     assert len(plan(["a cat", "a cat"])) == 2
+
+
+def test_two_results_that_would_share_a_recipe_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "x", "num_frames": 1}\n')
+    with pytest.raises(DataError, match=r"out/dir/x\.png"):
+        plan(None, prompt_path=str(path))
 
 
 def test_json_in_a_prompt_says_what_it_starts_from() -> None:
@@ -184,6 +200,12 @@ def test_batches_have_one_kind_and_keep_the_order() -> None:
     assert batches == [["a", "b"], ["c", "e"], ["d"], ["f"]]
 
 
+def test_videos_with_given_frames_have_batches_of_their_own() -> None:
+    requests = [*plan(["a"]), *plan(["b"], image="x.png"), *plan(["c"]), *plan(["d"], extend="y.mp4")]
+    batches = [[request.prompt for request in batch] for batch in iter_batches(requests, 2)]
+    assert batches == [["a", "c"], ["b", "d"]]
+
+
 def test_endless_prompts_are_numbered_and_cost_no_memory() -> None:
     chosen = spec(prompt_generator="a wave", start_index=3)
     requests = plan_requests(read_plans(choose_entries(chosen), chosen), chosen, FOLDER)
@@ -194,8 +216,21 @@ def test_endless_prompts_are_numbered_and_cost_no_memory() -> None:
         ("a wave", 46, "sample_0004.mp4"),
         ("a wave", 48, "sample_0006.mp4"),
     ]
-    ended = spec(prompt_generator="a wave", end_index=2)
-    assert len(plan_requests(read_plans(choose_entries(ended), ended), ended, FOLDER)) == 2
+    assert len(plan(None, prompt_generator="a wave", end_index=2)) == 2
+
+
+def test_endless_prompts_that_end_at_once_are_refused() -> None:
+    with pytest.raises(ConfigError, match="No prompt is left: start_index is 2, end_index 2"):
+        plan(None, prompt_generator="a wave", start_index=2, end_index=2)
+
+
+def test_endless_prompts_have_references_and_any_name() -> None:
+    names = {"sample_name": "v1.2", "format": "frames", "start_index": 3, "end_index": 5}
+    requests = plan(None, prompt_generator="a", reference_path=["a.png"], mask_strategy=["0"], **names)
+    assert [request.path.name for request in requests] == ["v1.2_0003", "v1.2_0004"]
+    assert [request.given.reference_path for request in requests] == ["a.png", "a.png"]
+    with pytest.raises(ConfigError, match="reference_path has 2 items for 1 prompts"):
+        plan(None, prompt_generator="a", reference_path=["a.png", "b.png"], mask_strategy="0")
 
 
 class Shouter:

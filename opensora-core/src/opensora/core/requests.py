@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import overload
 
@@ -14,6 +15,7 @@ from attrs import field, frozen
 from opensora.core.errors import DataError
 from opensora.core.frame_conditions import given_frames_of
 from opensora.core.mask_strategy import FrameEdit
+from opensora.core.recipes import recipe_path
 
 __all__ = ["EndlessRequests", "GivenFrames", "Request", "Target", "check_paths", "file_stem", "iter_batches"]
 
@@ -90,14 +92,20 @@ class Request(Target):
     @property
     def kind(self) -> tuple[object, ...]:
         """What all of a batch share."""
-        has_negative = self.negative_prompt is not None
-        return (self.size, self.loop, has_negative, self.cfg_scale, self.num_sampling_steps, self.companions, self.row)
+        has_negative, has_frames = self.negative_prompt is not None, bool(self.given)
+        return (self.size, self.loop, has_negative, has_frames, self.cfg_scale, self.num_sampling_steps)
 
 
 def iter_batches(requests: Iterable[Request], batch_size: int) -> Iterator[list[Request]]:
-    """Batches of one kind each, in order of their first request; what is left of a kind comes last."""
+    """Batches of one kind each, in order of their first request; what is left of a kind comes last.
+
+    A request with companions is a batch by itself.
+    """
     begun: dict[tuple[object, ...], list[Request]] = {}
     for request in requests:
+        if request.companions:
+            yield [request]
+            continue
         batch = begun.setdefault(request.kind, [])
         batch.append(request)
         if len(batch) == batch_size:
@@ -108,9 +116,10 @@ def iter_batches(requests: Iterable[Request], batch_size: int) -> Iterator[list[
 class EndlessRequests(Sequence[Request]):
     """One prompt again and again, each time with the next seed and number. Nothing is held but the first."""
 
-    def __init__(self, first: Request, *, stem: str, first_index: int, count: int) -> None:
-        """``count`` is where even this ends; ``stem`` the first part of names."""
-        self.first, self.stem, self.first_index, self._indices = first, stem, first_index, range(count)
+    def __init__(self, first: Request, *, stem: str, extension: str, first_index: int, count: int) -> None:
+        """Files are called ``stem_NNNN`` and ``extension``, from ``first_index`` on; ``count`` is where even this ends."""
+        self.first, self.stem, self.extension = first, stem, extension
+        self.first_index, self._indices = first_index, range(count)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -121,29 +130,28 @@ class EndlessRequests(Sequence[Request]):
     def __getitem__(self, index: slice) -> EndlessRequests: ...
     def __getitem__(self, index: int | slice) -> Request | EndlessRequests:
         if isinstance(index, slice):
-            part = EndlessRequests(self.first, stem=self.stem, first_index=self.first_index, count=0)
+            part = copy(self)
             part._indices = self._indices[index]
             return part
         number = self._indices[index]
-        name = file_stem(self.first_index + number, self.stem)
-        path = self.first.path.with_name(name + self.first.path.suffix)
+        path = self.first.path.with_name(file_stem(self.first_index + number, self.stem) + self.extension)
         return attrs.evolve(self.first, seed=self.first.seed + number, path=path)
 
 
 def check_paths(requests: Iterable[Target]) -> None:
-    """Check that no two requests write to one file.
+    """Check that no two requests write to one file: ``a.mp4`` and ``a.png`` would share their recipe.
 
     Raises:
         DataError: Two do.
     """
     seen: set[Path] = set()
     for request in requests:
-        if request.path in seen:
+        if (recipe := recipe_path(request.path)) in seen:
             raise DataError(
                 f"Two prompts would both be written to {request.path}. Leave out prompt_as_path and equal names; repeats "
                 "are num_sample."
             )
-        seen.add(request.path)
+        seen.add(recipe)
 
 
 def file_stem(prompt_or_index: str | int, sample_name: str | None) -> str:

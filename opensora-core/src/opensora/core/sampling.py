@@ -31,7 +31,7 @@ from opensora.core.denoising import Denoising
 from opensora.core.hooking import build_hooks
 from opensora.core.pipelines.sample import build_sampler
 from opensora.core.pipelines.sample_recipes import Repeatable
-from opensora.core.pipelines.sample_requests import plan_requests, read_plans
+from opensora.core.pipelines.sample_requests import check_lists, plan_requests, read_plans
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.prompt_files import PromptEntry, PromptSettings
 from opensora.core.requests import Request, iter_batches
@@ -119,10 +119,12 @@ class SamplingPipeline:
 
     def _requests(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[Request]:
         own = structure(PromptSettings, settings)
-        entries = [
-            PromptEntry(text=text, settings=own, location=f"prompt {index + 1}") for index, text in enumerate(prompts)
-        ]
+        entries = {
+            index: PromptEntry(text=text, settings=own, location=f"prompt {index + 1}")
+            for index, text in enumerate(prompts)
+        }
         spec = attrs.evolve(self.spec, prompt=list(prompts), start_index=None, end_index=None, num_sample=1)
+        check_lists(spec, len(prompts))
         return list(plan_requests(read_plans(entries, spec), spec, Path()))
 
     def _sample(self, batch: Sequence[Request]) -> list[Video]:

@@ -22,7 +22,7 @@ from opensora.core.requests import EndlessRequests, GivenFrames, Request, check_
 if TYPE_CHECKING:
     from opensora.core.protocols import Prompter
 
-__all__ = ["ENDLESS", "Plan", "choose_entries", "plan_requests", "read_plans", "refine_plans"]
+__all__ = ["ENDLESS", "Plan", "check_lists", "choose_entries", "plan_requests", "read_plans", "refine_plans"]
 
 ENDLESS = 1_000_000
 """Where prompt_generator ends, if nobody ends it before."""
@@ -30,8 +30,8 @@ T = TypeVar("T")
 _GIVEN = tuple(attrs.fields_dict(GivenFrames))
 
 
-def choose_entries(spec: SampleSpec) -> list[PromptEntry]:
-    """The prompts of the config, or of its prompt file, cut to ``start_index`` and ``end_index``.
+def choose_entries(spec: SampleSpec) -> dict[int, PromptEntry]:
+    """The prompts of the config, or of its prompt file, by their numbers; cut to ``start_index`` and ``end_index``.
 
     Raises:
         ConfigError: There is none.
@@ -45,19 +45,29 @@ def choose_entries(spec: SampleSpec) -> list[PromptEntry]:
         entries = read_prompt_file(find_text(spec.prompt_path) or Path(spec.prompt_path))
         source = spec.prompt_path
     elif spec.prompt_generator is not None:
-        return [_plain_entry(spec.prompt_generator, 0)]
+        check_lists(spec, 1)
+        return {max(spec.start_index or 0, 0): _plain_entry(spec.prompt_generator, 0)}
     else:
         raise ConfigError('There is no prompt. Give --prompt "a wave" or --prompt-path prompts.txt.')
-    chosen = entries[spec.start_index : spec.end_index]
+    chosen = dict(list(enumerate(entries))[spec.start_index : spec.end_index])
     if not chosen:
         raise ConfigError(
             f"No prompt is left: {source} has {len(entries)}, start_index is {spec.start_index}, end_index {spec.end_index}."
         )
+    check_lists(spec, len(entries))
+    return chosen
+
+
+def check_lists(spec: SampleSpec, count: int) -> None:
+    """Check that keys which may have an item for each of ``count`` prompts do.
+
+    Raises:
+        ConfigError: One has fewer or more.
+    """
     for key in ("reference_path", "mask_strategy"):
         value = getattr(spec, key)
-        if isinstance(value, list) and len(value) != len(entries):
-            raise ConfigError(f"{key} has {len(value)} items for {len(entries)} prompts. Give one item a prompt.")
-    return chosen
+        if isinstance(value, list) and len(value) != count:
+            raise ConfigError(f"{key} has {len(value)} items for {count} prompts. Give one item a prompt.")
 
 
 def _plain_entry(text: str, index: int) -> PromptEntry:
@@ -69,42 +79,41 @@ class Plan:
     """One prompt, read: its text without JSON, and what it asks for besides."""
 
     entry: PromptEntry
+    number: int
+    """Of the prompt among all, from 0: in its name and its seed."""
     rounds: Rounds
     prompt: str
     """As it was written, without JSON."""
     given: GivenFrames
 
 
-def read_plans(entries: Sequence[PromptEntry], spec: SampleSpec) -> list[Plan]:
-    """Read what is written inside prompts.
+def read_plans(entries: Mapping[int, PromptEntry], spec: SampleSpec) -> list[Plan]:
+    """Read what is written inside prompts. ``entries`` by their numbers, see `choose_entries`.
 
     Raises:
         ConfigError: JSON, rounds, or frames to start from are wrong; with the place.
     """
-    return [_read_plan(entry, spec, index) for index, entry in enumerate(entries)]
+    return [_read_plan(entry, spec, number) for number, entry in entries.items()]
 
 
-def _read_plan(entry: PromptEntry, spec: SampleSpec, index: int) -> Plan:
+def _read_plan(entry: PromptEntry, spec: SampleSpec, number: int) -> Plan:
     with _located(entry):
         prompt, inside = (entry.text, {}) if spec.repeat else split_suffix(entry.text)
         rounds = parse_rounds(prompt)
         loop = _chosen(entry.settings.loop, spec.loop)
         check_rounds(rounds, loop)
-        given = _given_frames(entry.settings, spec, inside, index)
+        given = _given_frames(entry.settings, spec, inside, 0 if _is_endless(spec) else number)
         given.resolve(length=1, loop=loop)  # mistakes come up before anything is loaded
-    return Plan(entry=entry, rounds=rounds, prompt=prompt.strip(), given=given)
+    return Plan(entry=entry, number=number, rounds=rounds, prompt=prompt.strip(), given=given)
 
 
-def _given_frames(settings: PromptSettings, spec: SampleSpec, inside: Mapping[str, str], index: int) -> GivenFrames:
-    """What a prompt starts from: as its JSON says, or else its own settings, or else the config."""
-    chosen = slice(spec.start_index, spec.end_index)
-    of_spec = {name: getattr(spec, name) for name in _GIVEN}
-    lists = {name: value[chosen][index] for name, value in of_spec.items() if isinstance(value, list)}
-    own = {name: getattr(settings, name) for name in _GIVEN}
-    for special in (own, inside):
-        of_spec = override_conditions({**of_spec, **lists}, special)
-        lists = {}
-    return GivenFrames(**{name: value or None for name, value in of_spec.items()})
+def _given_frames(settings: PromptSettings, spec: SampleSpec, inside: Mapping[str, str], item: int) -> GivenFrames:
+    """What a prompt starts from: as its JSON says, or else its own settings, or else the config (of lists, one item)."""
+    values = {name: getattr(spec, name) for name in _GIVEN}
+    values = {name: value[item] if isinstance(value, list) else value for name, value in values.items()}
+    for own in ({name: getattr(settings, name) for name in _GIVEN}, inside):
+        values = override_conditions(values, own)
+    return GivenFrames(**{name: value or None for name, value in values.items()})
 
 
 @contextmanager
@@ -131,23 +140,28 @@ def plan_requests(plans: Sequence[Plan], spec: SampleSpec, folder: Path) -> Sequ
         folder: Where the files go.
 
     Raises:
-        ConfigError: A size is unknown.
+        ConfigError: A size is unknown, or an endless prompt ends before it starts.
         DataError: Two prompts would get one file name.
     """
-    first_index = max(spec.start_index or 0, 0)
-    requests = [
-        request for index, plan in enumerate(plans) for request in _requests_of(plan, spec, folder, first_index + index)
-    ]
-    if spec.prompt is None and spec.prompt_path is None:
-        stem = "sample" if spec.sample_name is None else spec.sample_name
-        count = ENDLESS if spec.end_index is None else spec.end_index - first_index
-        return EndlessRequests(requests[0], stem=stem, first_index=first_index, count=max(count, 0))
-    check_paths(requests)
-    return requests
+    requests = [request for plan in plans for request in _requests_of(plan, spec, folder)]
+    if not _is_endless(spec):
+        check_paths(requests)
+        return requests
+    first, first_index = requests[0], plans[0].number
+    count = ENDLESS if spec.end_index is None else spec.end_index - first_index
+    if count < 1:
+        raise ConfigError(f"No prompt is left: start_index is {spec.start_index}, end_index {spec.end_index}.")
+    return EndlessRequests(
+        first,
+        stem="sample" if spec.sample_name is None else spec.sample_name,
+        extension=_extension(spec, first),
+        first_index=first_index,
+        count=count,
+    )
 
 
-def _requests_of(plan: Plan, spec: SampleSpec, folder: Path, number: int) -> Iterator[Request]:
-    settings = plan.entry.settings
+def _requests_of(plan: Plan, spec: SampleSpec, folder: Path) -> Iterator[Request]:
+    settings, number = plan.entry.settings, plan.number
     with _located(plan.entry):
         size = spec.size_of(settings.num_frames, settings.image_size, settings.resolution, settings.aspect_ratio)
     fps = _chosen(settings.fps, spec.fps)
@@ -168,7 +182,7 @@ def _requests_of(plan: Plan, spec: SampleSpec, folder: Path, number: int) -> Ite
         cfg_scale=settings.cfg_scale,
         num_sampling_steps=settings.num_sampling_steps,
     )
-    extension = _extension(spec, is_image=size[0] == 1 and request.loop == 1)
+    extension = _extension(spec, request)
     stem = settings.name and file_stem(settings.name, "")
     stem = stem or file_stem(plan.prompt if spec.prompt_as_path else number, spec.sample_name)
     for repeat in range(repeats):
@@ -177,9 +191,9 @@ def _requests_of(plan: Plan, spec: SampleSpec, folder: Path, number: int) -> Ite
         yield attrs.evolve(request, seed=seed + repeat, path=folder / f"{name}{extension}")
 
 
-def _extension(spec: SampleSpec, *, is_image: bool) -> str:
+def _extension(spec: SampleSpec, request: Request) -> str:
     if spec.format == "auto":
-        return ".png" if is_image else ".mp4"
+        return ".png" if request.size[0] == request.loop == 1 else ".mp4"
     return "" if spec.format == "frames" else f".{spec.format}"
 
 
