@@ -66,6 +66,7 @@ def test_results_are_those_of_the_cpu(name, toy, frame_mask):
     assert_close(there.latents.cpu(), here.latents, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if not SAMPLERS[name].adds_noise])
 def test_no_step_waits_for_the_device(name, toy):
     steps = states(SAMPLERS[name], toy, "cuda")
