@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opensora.core.commands.opensora_run import main
 from opensora.core.components import build
+from opensora.core.frame_sources import frames_of as frames_of_any
 from opensora.core.run_folder import held
 from opensora.core.sampling import load
 from opensora.core.video import probe_video, read_image, read_video, write_image, write_video
@@ -66,6 +67,10 @@ def sample(
 
 def frames_of(path: Path) -> Tensor:
     return read_video(path)[0]
+
+
+def frames_of_folder(path: Path) -> Tensor:
+    return frames_of_any(path)[0]
 
 
 def picture(path: Path, *, size: int = 16, seed: int = 0) -> Path:
@@ -121,6 +126,75 @@ def test_a_sample_can_be_varied(sample: Sample, tmp_path: Path) -> None:
     recipe = json.loads((tmp_path / "other" / "sample_0000.json").read_text())
     assert recipe["seed"] == 5
     assert not torch.equal(frames_of(tmp_path / "other" / "sample_0000.mp4"), frames_of(folder / "sample_0000.mp4"))
+
+
+def test_a_sample_is_made_several_times_with_other_seeds(sample: Sample, tmp_path: Path) -> None:
+    folder = sample("first", "--prompt", "a", "b", "--batch-size", 2)
+    again = tmp_path / "again"
+    flags = ["--num-sample", "2", "--batch-size", "2", "--save-dir", str(again)]
+    assert main(["--from", str(folder / "sample_0001.mp4"), *flags]) == 0
+    assert sorted(path.name for path in again.glob("*.mp4")) == ["sample_0000-0.mp4", "sample_0000-1.mp4"]
+    first, second = (frames_of(again / f"sample_0000-{repeat}.mp4") for repeat in (0, 1))
+    assert torch.equal(first, frames_of(folder / "sample_0001.mp4"))
+    assert not torch.equal(first, second)
+
+
+def test_a_sample_is_made_again_with_other_prompts(sample: Sample, tmp_path: Path) -> None:
+    folder = sample("first", "--prompt", "a", "b", "--batch-size", 2)
+    picture(tmp_path / "first.png")
+    again = tmp_path / "again"
+    given = 'y {"reference_path": "first.png", "mask_strategy": "0"}'
+    assert main(["--from", str(folder / "sample_0001.mp4"), "--prompt", "x", given, "--save-dir", str(again)]) == 0
+    recipes = [json.loads((again / f"sample_{index:04d}.json").read_text()) for index in (0, 1)]
+    assert [recipe["text"].strip() for recipe in recipes] == ["x", "y"]
+    assert list(recipes[1]["references"]) == [str(tmp_path / "first.png")]
+
+
+def test_a_sample_has_its_companions_and_another_negative_prompt(sample: Sample, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "negative_prompt": "b c d e f"}, {"prompt": "g h", "negative_prompt": "i"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = sample("first", "--prompt-path", "prompts.jsonl", "--batch-size", 2)
+    source = folder / "sample_0001.mp4"
+    batch = json.loads(source.with_suffix(".json").read_text())["batch"]
+    assert batch == {"row": 1, "texts": ["a", "g h"], "negative_prompts": ["b c d e f", "i"]}
+    for name, flags in {"again": [], "other": ["--negative-prompt", "k"]}.items():
+        assert main(["--from", str(source), "--save-dir", str(tmp_path / name), *flags]) == 0
+    assert (tmp_path / "again" / source.name).read_bytes() == source.read_bytes()
+    assert not torch.equal(frames_of(tmp_path / "other" / source.name), frames_of(source))
+
+
+def test_a_recipe_holds_from_any_folder(sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "mark.png"), picture(tmp_path / "first.png")
+    (tmp_path / "0").write_text("a file that is called as a mask strategy is")
+    flags = ("--reference-path", " first.png", "--mask-strategy", "0", "--watermark", "mark.png")
+    folder = sample("first", "--prompt", "a", *flags, "--format", "frames", "--sample-name", "v1.2")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["--from", str(folder / "v1.2_0000"), "--save-dir", "again"]) == 0
+    assert torch.equal(frames_of_folder(Path("again/v1.2_0000")), frames_of_folder(folder / "v1.2_0000"))
+    assert Path("again/v1.2_0000_watermark").is_dir()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": {"row": 2, "texts": ["a", "b"]}},
+        {"batch": {"texts": ["a", "b"]}},
+        {"batch": {"row": 0, "texts": ["a", "b"], "negative_prompts": ["c"]}},
+        {"references": ["a.png"]},
+        {"prompt": None},
+        {"config": None},
+    ],
+    ids=lambda change: str(next(iter(change))),
+)
+def test_a_recipe_that_no_run_has_written_is_refused(
+    change: dict[str, Any], sample: Sample, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = json.loads((sample("first", "--prompt", "a") / "sample_0000.json").read_text())
+    (tmp_path / "changed.json").write_text(json.dumps({**recipe, **change}))
+    assert main(["--from", str(tmp_path / "changed.json"), "--save-dir", str(tmp_path / "again")]) == 2
+    assert "has a recipe that no sampling run has written" in capsys.readouterr().err
+    assert not list((tmp_path / "again").glob("*.mp4"))
 
 
 def test_a_changed_reference_is_noticed(sample: Sample, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,6 +396,16 @@ def test_every_format_has_its_recipe_and_its_marked_copy(kind: str, sample: Samp
             assert (again / "sample_0000" / name).read_bytes() == (folder / "sample_0000" / name).read_bytes()
     else:
         assert (again / f"sample_0000{ending}").read_bytes() == (folder / f"sample_0000{ending}").read_bytes()
+
+
+def test_previews_of_a_sample_made_again_show_that_sample(sample: Sample, tmp_path: Path) -> None:
+    folder = sample("watched", "--prompt", "a", "b b", "--batch-size", 2, "--preview", 3)
+    for index in (0, 1):
+        again = tmp_path / f"again{index}"
+        name = f"sample_{index:04d}"
+        assert main(["--from", str(folder / f"{name}.mp4"), "--save-dir", str(again), "--preview", "3"]) == 0
+        shown, expected = (read_image(each / "previews" / f"{name}.png") for each in (again, folder))
+        assert shown.tobytes() == expected.tobytes()
 
 
 def test_previews_show_what_comes(sample: Sample) -> None:

@@ -17,7 +17,16 @@ from opensora.core.frame_conditions import given_frames_of
 from opensora.core.mask_strategy import FrameEdit
 from opensora.core.recipes import recipe_path
 
-__all__ = ["EndlessRequests", "GivenFrames", "Request", "Target", "check_paths", "file_stem", "iter_batches"]
+__all__ = [
+    "Companion",
+    "EndlessRequests",
+    "GivenFrames",
+    "Request",
+    "Target",
+    "check_paths",
+    "file_stem",
+    "iter_batches",
+]
 
 Size = tuple[int, int, int]
 
@@ -61,6 +70,14 @@ class GivenFrames:
         return given_frames_of(length=length, loop=loop, **attrs.asdict(self))
 
 
+@frozen
+class Companion:
+    """What a batch told its denoiser of one of its videos."""
+
+    text: str
+    negative_prompt: str | None = None
+
+
 @frozen(kw_only=True)
 class Request(Target):
     """One video or image to make."""
@@ -84,8 +101,8 @@ class Request(Target):
     """None: the scheduler's."""
     num_sampling_steps: int | None = None
     """None: the scheduler's."""
-    companions: tuple[str, ...] = ()
-    """Texts of the whole batch in which this was made first, and is made again to get the same to the last bit."""
+    companions: tuple[Companion, ...] = ()
+    """The whole batch in which this was made first, and is made again to get the same to the last bit."""
     row: int = 0
     """Which of them is its own."""
 

@@ -35,7 +35,7 @@ from opensora.core.pipelines.sample_sizes import check_sizes
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.prompt_syntax import is_url, parse_rounds
 from opensora.core.reference_latents import Overlap
-from opensora.core.requests import EndlessRequests, Request
+from opensora.core.requests import Companion, EndlessRequests, Request
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder, read_jsonl, write_atomically
 from opensora.core.text_cache import CachedTextEncoder
 from opensora.core.video_sampler import VideoSampler
@@ -106,8 +106,7 @@ class Sample:
         requests = plan_requests(plans, self.spec, samples)
         if self.spec.repeat is None:
             return requests
-        repeatable = Repeatable.of(self.spec, accelerator.device)
-        return [made_again(request, self.spec, repeatable) for request in requests]
+        return made_again(requests, self.spec, Repeatable.of(self.spec, accelerator.device))
 
     def refine(self) -> list[Plan]:
         """The plans with texts as the prompter rewrites them."""
@@ -228,9 +227,9 @@ def texts_of(requests: Iterable[Request]) -> list[str]:
     """All texts that are to be encoded."""
     texts: list[str] = []
     for request in requests:
-        for text in (request.text, *request.companions):
-            texts += parse_rounds(text).texts
-        texts += [request.negative_prompt] if request.negative_prompt is not None else []
+        for one in (Companion(request.text, request.negative_prompt), *request.companions):
+            texts += parse_rounds(one.text).texts
+            texts += [] if one.negative_prompt is None else [one.negative_prompt]
     return texts
 
 

@@ -109,11 +109,18 @@ def iter_own_pieces(
     sampler: VideoSampler, requests: Sequence[Request], watch: Callable[[SampleState], None]
 ) -> Iterator[Piece]:
     """The batch's videos. One that is made again is made among as many, with the texts that it had beside it."""
-    if not (texts := requests[0].companions):
+    if not (companions := requests[0].companions):
         yield from sampler.iter_pieces(requests, watch=watch)
         return
-    for piece in sampler.iter_pieces([attrs.evolve(requests[0], text=text) for text in texts], watch=watch):
-        yield attrs.evolve(piece, frames=[piece.frames[requests[0].row]])
+    (request,), row = requests, slice(requests[0].row, requests[0].row + 1)
+
+    def watch_own(state: SampleState) -> None:
+        memory = tuple(past[row] for past in state.memory)
+        watch(attrs.evolve(state, latents=state.latents[row], denoised=state.denoised[row], memory=memory))
+
+    batch = [attrs.evolve(request, text=each.text, negative_prompt=each.negative_prompt) for each in companions]
+    for piece in sampler.iter_pieces(batch, watch=watch_own):
+        yield attrs.evolve(piece, frames=piece.frames[row])
 
 
 def open_writer(run: SampleRun, requests: Sequence[Request], row: int) -> ResultWriter:

@@ -14,15 +14,17 @@ from typing import Any
 
 import attrs
 import torch
-from attrs import frozen
+from attrs import field, frozen
 
 from opensora.core.checkpoints import find_checkpoint, list_checkpoints
 from opensora.core.composing import resolved_values
+from opensora.core.config.structure import structure
 from opensora.core.errors import ConfigError, DataError
 from opensora.core.pipelines.sample_spec import SampleSpec
-from opensora.core.recipes import RECIPE_VERSION, read_recipe
+from opensora.core.prompt_syntax import split_references
+from opensora.core.recipes import RECIPE_VERSION, read_recipe, recipe_path
 from opensora.core.references import digest_of
-from opensora.core.requests import GivenFrames, Request
+from opensora.core.requests import Companion, GivenFrames, Request
 
 __all__ = ["Repeatable", "config_of_recipe", "made_again"]
 
@@ -44,6 +46,8 @@ _OF_A_RUN = (
     *("without_hooks", "pipeline", "device", "mask_strategy", "reference_path"),
 )
 """Keys of a config that say how many samples are made, or what they are called, and not what one is."""
+_PATHS = ("from_pretrained", "watermark")
+"""Keys, here and in components, whose values may be paths."""
 
 
 @frozen(kw_only=True)
@@ -63,9 +67,8 @@ class Repeatable:
             for key, value in values.items()
             if value is not None and key not in attrs.fields_dict(GivenFrames)
         }
-        values["model"] = {**values["model"], "from_pretrained": _located(spec.model.options.get("from_pretrained"))}
         return cls(
-            config=values,
+            config=_with_paths_located(values),
             made_with={
                 "opensora-core": metadata.version("opensora-core"),
                 "torch": torch.__version__,
@@ -95,15 +98,18 @@ class Repeatable:
         }
         if references := _digests(request):
             recipe["references"] = references
-        texts = request.companions or tuple(each.text for each in requests)
-        if len(texts) > 1:
-            recipe["batch"] = {"row": request.row if request.companions else row, "texts": list(texts)}
+        batch = request.companions or tuple(Companion(each.text, each.negative_prompt) for each in requests)
+        if len(batch) > 1:
+            of_batch = {"row": request.row if request.companions else row, "texts": [each.text for each in batch]}
+            if request.negative_prompt is not None:
+                of_batch["negative_prompts"] = [each.negative_prompt for each in batch]
+            recipe["batch"] = of_batch
         return {**recipe, "config": config, "made_with": dict(self.made_with)}
 
 
 def _own_values(request: Request) -> dict[str, Any]:
     """The request's part of the config that makes it alone."""
-    given = {name: _located(value) for name, value in attrs.asdict(request.given).items() if value is not None}
+    given = {name: _located(name, value) for name, value in attrs.asdict(request.given).items() if value is not None}
     return {
         "prompt": [request.text],
         "seed": request.seed,
@@ -122,12 +128,32 @@ def _scheduler_of(scheduler: Mapping[str, Any], request: Request) -> dict[str, A
     return {**scheduler, **{key: value for key, value in own.items() if value is not None}}
 
 
-def _located(value: Any) -> Any:
-    """Paths that are there, as absolute ones, so that a recipe works from any folder; of a run, the very checkpoint."""
-    if isinstance(value, tuple):
-        return tuple(map(_located, value))
-    if not isinstance(value, str) or ";" in value:
-        return ";".join(map(_located, value.split(";"))) if isinstance(value, str) else value
+def _located(name: str, value: Any) -> Any:
+    """The value of a field of `GivenFrames`, with paths that hold from any folder."""
+    match name, value:
+        case "mask_strategy" | "strength", _:
+            return value
+        case "reference_path", str():
+            return ";".join(map(_absolute, split_references(value)))
+        case "connect", (first, second):
+            return [_absolute(first), _absolute(second)]
+    return _absolute(value)
+
+
+def _with_paths_located(value: Any) -> Any:
+    """Options of components, in which weights and the watermark are found from any folder."""
+    if isinstance(value, list | tuple):
+        return [_with_paths_located(part) for part in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: _absolute(part) if key in _PATHS and isinstance(part, str) else _with_paths_located(part)
+        for key, part in value.items()
+    }
+
+
+def _absolute(value: str) -> str:
+    """A path that is there, as an absolute one; of a run, its very checkpoint. Addresses and hub ids stay."""
     path = Path(value).expanduser()
     if not value or not path.exists():
         return value
@@ -139,7 +165,7 @@ def _located(value: Any) -> Any:
 def _digests(request: Request) -> dict[str, str]:
     sources, _ = request.given.resolve(length=1)
     paths = {source: Path(source).expanduser() for source in sources}
-    return {_located(source): digest_of(path) for source, path in paths.items() if path.exists()}
+    return {_absolute(source): digest_of(path) for source, path in paths.items() if path.exists()}
 
 
 def config_of_recipe(path: Path) -> dict[str, Any]:
@@ -154,28 +180,78 @@ def config_of_recipe(path: Path) -> dict[str, Any]:
     return {**recipe["config"], "repeat": str(path.resolve())}
 
 
-def made_again(request: Request, spec: SampleSpec, repeatable: Repeatable) -> Request:
-    """The request with what the recipe of ``spec.repeat`` says beside its config; warns of what may change its last digits.
+@frozen(kw_only=True)
+class _Batch:
+    row: int
+    texts: list[str]
+    negative_prompts: list[str | None] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if not 0 <= self.row < len(self.texts) or len(self.negative_prompts or self.texts) != len(self.texts):
+            raise ConfigError(
+                f"row {self.row} of {len(self.texts)} texts is none, or their negative prompts are more or fewer."
+            )
+
+    def companions(self, negative_prompt: str | None) -> tuple[Companion, ...]:
+        """All of them, for one whose negative prompt this is: if it is another now, all have it."""
+        negatives = self.negative_prompts or [None] * len(self.texts)
+        if negatives[self.row] != negative_prompt:
+            negatives = [negative_prompt] * len(self.texts)
+        return tuple(map(Companion, self.texts, negatives))
+
+
+@frozen(kw_only=True)
+class _Known:
+    """What a recipe says beside its config."""
+
+    prompt: str
+    text: str
+    references: dict[str, str] = field(factory=dict)
+    batch: _Batch | None = None
+    made_with: dict[str, Any] = field(factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> _Known:
+        """Of the recipe of a file.
+
+        Raises:
+            DataError: It can't be read, or no sampling run has written it.
+        """
+        recipe = read_recipe(path)
+        try:
+            return structure(cls, {name: recipe[name] for name in attrs.fields_dict(cls) if name in recipe})
+        except ConfigError as error:
+            raise DataError(f"{path} has a recipe that no sampling run has written: {error}") from error
+
+    def applied(self, request: Request) -> Request:
+        """The request as it was first, if it has the same text."""
+        if request.text != self.text:
+            return request
+        if self.batch is None:
+            return attrs.evolve(request, prompt=self.prompt)
+        companions = self.batch.companions(request.negative_prompt)
+        return attrs.evolve(request, prompt=self.prompt, companions=companions, row=self.batch.row)
+
+
+def made_again(requests: Sequence[Request], spec: SampleSpec, repeatable: Repeatable) -> list[Request]:
+    """Requests with what the recipe of ``spec.repeat`` says beside its config; warns of what may change last digits.
+
+    One that is alone is called as it was, unless the run says otherwise.
 
     Raises:
         ConfigError: A reference is no longer what it was.
         DataError: The recipe can't be read.
     """
-    assert spec.repeat is not None
-    recipe = read_recipe(Path(spec.repeat))
-    for source, digest in recipe.get("references", {}).items():
-        if _digests(request).get(source, digest) != digest:
-            raise ConfigError(f"{source} is not the file that {spec.repeat} was made from: its content has changed.")
-    before, now = recipe.get("made_with", {}), dict(repeatable.made_with)
+    path = Path(str(spec.repeat))
+    known = _Known.read(path)
+    for source, digest in (pair for request in requests for pair in _digests(request).items()):
+        if known.references.get(source, digest) != digest:
+            raise ConfigError(f"{source} is not the file that {path} was made from: its content has changed.")
+    before, now = known.made_with, dict(repeatable.made_with)
     if changed := [f"{key} {before[key]} -> {now.get(key)}" for key in before if before[key] != now.get(key)]:
         log.warning("Made with something else than before, so last digits may differ: %s", ", ".join(changed))
-    batch = recipe.get("batch", {"texts": (), "row": 0})
-    is_same_text = recipe.get("text") == request.text
-    path = request.path.with_name(Path(spec.repeat).stem + request.path.suffix)
-    return attrs.evolve(
-        request,
-        prompt=recipe["prompt"] if is_same_text else request.prompt,
-        companions=tuple(batch["texts"]) if is_same_text else (),
-        row=batch["row"],
-        path=path,
-    )
+    again = [known.applied(request) for request in requests]
+    if len(again) == 1 and spec.sample_name is None and not spec.prompt_as_path:
+        name = (path if path.suffix == ".json" else recipe_path(path)).stem
+        again = [attrs.evolve(again[0], path=again[0].path.with_name(name + again[0].path.suffix))]
+    return again

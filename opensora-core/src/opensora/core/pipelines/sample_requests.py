@@ -17,6 +17,7 @@ from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.prompt_files import PromptEntry, PromptSettings, read_prompt_file
 from opensora.core.prompt_syntax import Rounds, check_rounds, parse_rounds, print_rounds, split_suffix
 from opensora.core.prompts import add_scores
+from opensora.core.recipes import read_recipe
 from opensora.core.requests import EndlessRequests, GivenFrames, Request, check_paths, file_stem
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def read_plans(entries: Mapping[int, PromptEntry], spec: SampleSpec) -> list[Pla
 
 def _read_plan(entry: PromptEntry, spec: SampleSpec, number: int) -> Plan:
     with _located(entry):
-        prompt, inside = (entry.text, {}) if spec.repeat else split_suffix(entry.text)
+        prompt, inside = (entry.text, {}) if _is_repeated(entry.text, spec) else split_suffix(entry.text)
         rounds = parse_rounds(prompt)
         loop = _chosen(entry.settings.loop, spec.loop)
         check_rounds(rounds, loop)
@@ -114,6 +115,11 @@ def _given_frames(settings: PromptSettings, spec: SampleSpec, inside: Mapping[st
     for own in ({name: getattr(settings, name) for name in _GIVEN}, inside):
         values = override_conditions(values, own)
     return GivenFrames(**{name: value or None for name, value in values.items()})
+
+
+def _is_repeated(text: str, spec: SampleSpec) -> bool:
+    """Whether a text is that of the sample which is made again, without JSON; braces in it are a prompter's."""
+    return spec.repeat is not None and read_recipe(Path(spec.repeat)).get("text") == text
 
 
 @contextmanager

@@ -128,8 +128,7 @@ class SampleSpec(CompositionSpec):
     """A sample that is made again: set by --from."""
 
     def __attrs_post_init__(self) -> None:
-        if self.repeat is None or self.image_size is not None:
-            self.size_of(None, None, None, None)
+        self.size_of(None, None, None, None)
         if self.llm_refine and self.prompter is not None:
             raise ConfigError(
                 'llm_refine stands for prompter = dict(type="openai"), but there is a prompter too. Keep one.'
