@@ -449,6 +449,26 @@ def test_python_makes_what_the_command_makes(
     assert json.loads((tmp_path / "python.json").read_text())["seed"] == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "crf"), [("saved.mp4", None), ("saved.mp4", 30), ("saved.gif", None), ("saved", None)]
+)
+def test_what_python_saves_is_made_again(
+    name: str, crf: int | None, values: dict[str, Any], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    load(write({**values, "crf": 12}))("a wave").save(tmp_path / name, crf=crf)
+    assert main(["--from", str(tmp_path / name), "--save-dir", str(tmp_path / "again")]) == 0
+    if name == "saved":
+        assert torch.equal(frames_of_folder(tmp_path / "again" / name), frames_of_folder(tmp_path / name))
+    else:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_python_refines_prompts_as_the_command_does(values: dict[str, Any], write: Callable[..., Path]) -> None:
+    request = load(write(values), prompter={"type": "templates"})("a wave").request
+    assert request.prompt == "a wave"
+    assert len(request.text) > len("a wave") + 10
+
+
 def test_several_prompts_come_back_in_their_order(values: dict[str, Any], write: Callable[..., Path]) -> None:
     pipeline = load(write({**values, "batch_size": 2}))
     videos = pipeline(["a", "b", "c"])
@@ -490,6 +510,22 @@ def test_guidance_can_change_in_the_middle(values: dict[str, Any], write: Callab
     assert not torch.allclose(denoising.finish(), pipeline.start("a").finish())
     with pytest.raises(ValueError, match="guidance_scale is -1"):
         denoising.guidance_scale = -1
+
+
+def test_latents_of_another_length_are_not_cut(values: dict[str, Any], write: Callable[..., Path]) -> None:
+    pipeline = load(write(values))
+    latents = pipeline.start("a", num_frames=8).finish()
+    with pytest.raises(ValueError, match="4 frames have 4 latent frames, but there are 8"):
+        pipeline.decode(latents)
+    assert len(pipeline.decode(latents, num_frames=8)[0]) == 8
+
+
+def test_what_python_can_not_start_is_refused(values: dict[str, Any], write: Callable[..., Path]) -> None:
+    pipeline = load(write(values), reference_path=["a.png"], mask_strategy="0")
+    with pytest.raises(ValueError, match="reference_path has 1 items for 2 prompts"):
+        pipeline(["a", "b"])
+    with pytest.raises(ValueError, match="no prompt"):
+        load(write(values)).start([])
 
 
 def test_unknown_settings_are_refused(values: dict[str, Any], write: Callable[..., Path]) -> None:

@@ -21,6 +21,7 @@ from attrs import define, frozen
 from torch import Tensor
 
 from opensora.core.accelerator import Single, SingleSpec
+from opensora.core.components import build
 from opensora.core.composing import check_components
 from opensora.core.config._merge import merge
 from opensora.core.config.evaluate import evaluate
@@ -28,16 +29,19 @@ from opensora.core.config.legacy import modernize
 from opensora.core.config.names import resolve
 from opensora.core.config.structure import structure
 from opensora.core.denoising import Denoising
+from opensora.core.errors import ConfigError, ShapeError
 from opensora.core.hooking import build_hooks
-from opensora.core.pipelines.sample import build_sampler
+from opensora.core.pipelines.sample import build_sampler, settle_prompter
 from opensora.core.pipelines.sample_recipes import Repeatable
-from opensora.core.pipelines.sample_requests import check_lists, plan_requests, read_plans
+from opensora.core.pipelines.sample_requests import check_lists, plan_requests, read_plans, refine_plans
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.prompt_files import PromptEntry, PromptSettings
+from opensora.core.protocols import Prompter
 from opensora.core.requests import Request, iter_batches
 from opensora.core.results import ResultWriter
 from opensora.core.video import to_uint8
 from opensora.core.video_sampler import VideoSampler
+from opensora.core.video_writing import format_of
 
 __all__ = ["SamplingPipeline", "Video", "load"]
 
@@ -55,13 +59,22 @@ class Video:
     recipe: Mapping[str, Any]
     """What makes it again."""
 
-    def save(self, path: str | Path, *, crf: int = 18) -> None:
+    def save(self, path: str | Path, *, crf: int | None = None) -> None:
         """Write the file that the name's ending says (.mp4, .gif, .png; without: a folder of png files), and its recipe.
 
+        Args:
+            path: Missing folders are made.
+            crf: H.264's quality; None: as in the config.
+
         Raises:
+            ConfigError: The ending is of another kind of file.
             MachineError: It can't be written.
         """
-        with ResultWriter(Path(path), fps=self.fps, crf=crf, recipe=self.recipe) as writer:
+        config, kind = self.recipe["config"], format_of(path)
+        crf = config["crf"] if crf is None else crf
+        of_file = {"crf": crf, "format": "auto" if kind == "png" else kind}
+        recipe = {**self.recipe, "config": {**config, **of_file}}  # makes this very file again
+        with ResultWriter(Path(path), fps=self.fps, crf=crf, recipe=recipe) as writer:
             writer.append(self.frames)
 
 
@@ -72,6 +85,8 @@ class SamplingPipeline:
     spec: SampleSpec
     sampler: VideoSampler
     repeatable: Repeatable
+    prompter: Prompter | None = None
+    """Rewrites prompts first."""
 
     @overload
     def __call__(self, prompt: str, **settings: Any) -> Video: ...
@@ -101,8 +116,13 @@ class SamplingPipeline:
         """Denoising to be iterated: to watch it, to stop it, to fork it, to change its guidance. Arguments as in a call.
 
         Of several prompts, which share their size, one batch. Of several rounds the first.
+
+        Raises:
+            ConfigError, DataError, ShapeError: As in a call; or there is no prompt.
         """
         requests = self._requests([prompt] if isinstance(prompt, str) else prompt, settings)
+        if not requests:
+            raise ConfigError("There is no prompt to start with.")
         (batch,) = iter_batches(requests, len(requests))
         return self.sampler.start(batch)
 
@@ -112,9 +132,19 @@ class SamplingPipeline:
         Args:
             latents: Such as ``denoising.latents`` or a state's ``denoised``.
             num_frames: T; None: as the config says.
+
+        Raises:
+            ShapeError: So many frames don't have so many latent ones.
         """
+        vae, (frames, height, width) = self.sampler.parts.vae, self.spec.size
+        frames = num_frames or frames
+        if (needed := vae.latent_size((frames, height, width))[0]) != latents.shape[2]:
+            raise ShapeError(
+                f"{frames} frames have {needed} latent frames, but there are {latents.shape[2]}. Give the num_frames that "
+                "these latents were started with."
+            )
         with torch.inference_mode():
-            video = self.sampler.parts.vae.decode(latents, num_frames=num_frames or self.spec.size[0])
+            video = vae.decode(latents, num_frames=frames)
         return [to_uint8(row.float().cpu()) for row in video]
 
     def _requests(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[Request]:
@@ -125,7 +155,10 @@ class SamplingPipeline:
         }
         spec = attrs.evolve(self.spec, prompt=list(prompts), start_index=None, end_index=None, num_sample=1)
         check_lists(spec, len(prompts))
-        return list(plan_requests(read_plans(entries, spec), spec, Path()))
+        plans = read_plans(entries, spec)
+        if self.prompter is not None:
+            plans = refine_plans(plans, self.prompter)
+        return list(plan_requests(plans, spec, Path()))
 
     def _sample(self, batch: Sequence[Request]) -> list[Video]:
         pieces: list[list[Tensor]] = [[] for _ in batch]
@@ -157,7 +190,7 @@ def load(config: str | Path, *, trust: bool = False, **changes: Any) -> Sampling
     evaluated = modernize(evaluate(resolve(str(config)), trust=trust))
     locations: dict[tuple[str, ...], str] = {}
     values = merge(evaluated.values, changes, (), evaluated.locations, {}, locations)
-    spec = structure(SampleSpec, {"prompt": "", **values}, locations=locations)
+    spec = settle_prompter(structure(SampleSpec, {"prompt": "", **values}, locations=locations))
     check_components(spec, locations)
     accelerator = Single(SingleSpec(), device=spec.device, dtype=spec.dtype)
     hooks = build_hooks([], spec.hooks)
@@ -165,4 +198,5 @@ def load(config: str | Path, *, trust: bool = False, **changes: Any) -> Sampling
         spec=spec,
         sampler=build_sampler(spec, accelerator, hooks, prompts=[], keeps_encoder=True),
         repeatable=Repeatable.of(spec, accelerator.device),
+        prompter=build("prompters", spec.prompter) if spec.prompter else None,
     )

@@ -44,10 +44,9 @@ from opensora.core.watermark import Watermark
 if TYPE_CHECKING:
     from opensora.core.config.evaluate import Config
 
-__all__ = ["Sample", "build_sampler"]
+__all__ = ["Sample", "build_sampler", "settle_prompter"]
 
 log = logging.getLogger(__name__)
-_OPENAI = ComponentConfig(type="openai", options={})
 
 
 class Sample:
@@ -62,8 +61,7 @@ class Sample:
             ComponentError, ConfigError: A component is missing, or an option or a prompt is wrong.
             DataError: The prompt file can't be used.
         """
-        if spec.llm_refine:
-            spec = attrs.evolve(spec, llm_refine=False, prompter=_OPENAI)
+        spec = settle_prompter(spec)
         check_components(spec, config.locations)
         build_hooks(default_hooks(spec), spec.hooks, without=spec.without_hooks)
         self.spec, self.config = spec, config
@@ -121,6 +119,13 @@ class Sample:
         from opensora.core.pipelines.dry_run import describe_sampling
 
         return describe_sampling(self.spec, self.requests)
+
+
+def settle_prompter(spec: SampleSpec) -> SampleSpec:
+    """The config with ``llm_refine`` replaced by the prompter that it stands for."""
+    if not spec.llm_refine:
+        return spec
+    return attrs.evolve(spec, llm_refine=False, prompter=ComponentConfig(type="openai", options={}))
 
 
 def choose_folders(spec: SampleSpec) -> tuple[Path, Path]:
