@@ -313,6 +313,32 @@ def test_bad_input_is_refused(
     assert not list(tmp_path.glob("samples/*.mp4"))
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image_size": [16, 0]}, "image_size"),
+        ({"num_sampling_steps": 2000}, "2000"),
+        ({"loop": 2, "num_frames": 1}, "nothing would be new"),
+    ],
+    ids=["size", "steps", "rounds"],
+)
+def test_what_one_prompt_can_not_have_is_refused_before_anything_is_made(
+    row: dict[str, Any],
+    message: str,
+    values: dict[str, Any],
+    write: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"prompt": "fine"}, {"prompt": "a", **row}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"prompt_path": str(tmp_path / "prompts.jsonl"), "save_dir": str(tmp_path / "samples")}
+    config = write({**values, **changes, "scheduler": {"type": "iddpm", "learn_sigma": False, "num_sampling_steps": 3}})
+    assert main([str(config)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists()
+
+
 def test_a_watermark_that_is_no_picture_is_refused_before_anything_is_made(
     values: dict[str, Any], write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,6 +374,14 @@ def test_rounds_join_into_one_video(sample: Sample) -> None:
     # Its first round is the video without rounds, and the next begins with the frames that the first ends with.
     alone = frames_of(sample("alone", "--prompt", "a seed", "--num-frames", 8) / "sample_0000.mp4")
     assert (frames[:8].int() - alone.int()).abs().max() <= 2
+
+
+def test_seams_of_an_earlier_run_are_not_told_again(sample: Sample) -> None:
+    for loop in (3, 2):
+        folder = sample("long", "--prompt", "a", "--loop", loop, "--num-frames", 8)
+        assert len(json.loads((folder / "summary.json").read_text())["seams"]["sample_0000.mp4"]) == loop - 1
+    sample("long", "--prompt", "a")
+    assert "seams" not in json.loads((folder / "summary.json").read_text())
 
 
 def test_each_round_goes_on_from_the_last_and_has_noise_of_its_own(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -20,6 +21,9 @@ from opensora.core.protocols import Size, VideoAutoencoder
 from opensora.core.references import load_reference
 from opensora.core.requests import Request
 
+if TYPE_CHECKING:
+    from opensora.core.pipelines.sample_spec import SampleSpec
+
 __all__ = ["Overlap", "ReferenceLatents"]
 
 log = logging.getLogger(__name__)
@@ -30,12 +34,17 @@ _USUAL_LENGTH = 5  # latent frames: as published
 class Overlap:
     """How many latent frames a round takes from the one before, or from a video that it goes on from."""
 
-    length: int | None = field(default=None)
+    length: int | None = None
     """Latent frames. None: a quarter of the video's, at most 5; whole chunks where the autoencoder has them."""
     edit_ratio: float = field(default=0.0, validator=ge(0))
     """How far they may change: 0 keeps them."""
     align: int | None = None
     """To whose multiples frames are moved; None: the autoencoder's chunk, if it has one."""
+
+    @classmethod
+    def of(cls, spec: SampleSpec) -> Overlap:
+        """What a config says of it."""
+        return cls(length=spec.condition_frame_length, edit_ratio=spec.condition_frame_edit, align=spec.align)
 
     def alignment(self, vae: VideoAutoencoder) -> int | None:
         """``align``, or the number of latent frames that the autoencoder decodes together and apart from all others."""

@@ -8,7 +8,6 @@ Shapes: B batch, C latent channels, T H W frames and size in pixels, t h w in la
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,9 +35,7 @@ from opensora.core.reference_latents import Overlap, ReferenceLatents
 from opensora.core.requests import Request
 from opensora.core.video import to_uint8
 
-__all__ = ["Clock", "Piece", "VideoSampler", "build_conditioning"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Clock", "Piece", "VideoSampler", "build_conditioning", "build_scheduler"]
 
 
 @define(eq=False)
@@ -144,9 +141,7 @@ class VideoSampler:
         if steps not in self._schedulers:
             if self.scheduler_config is None:
                 raise ConfigError("num_sampling_steps can't be chosen here.")
-            options = {**self.scheduler_config.options, "num_sampling_steps": steps}
-            config = attrs.evolve(self.scheduler_config, options=options)
-            self._schedulers[steps] = build("schedulers", config)
+            self._schedulers[steps] = build_scheduler(self.scheduler_config, num_sampling_steps=steps)
         return self._schedulers[steps]
 
     def _load_references(self, requests: Sequence[Request]) -> list[ReferenceLatents]:
@@ -216,6 +211,18 @@ class VideoSampler:
             if piece is None:
                 return
             yield piece.float()
+
+
+def build_scheduler(config: ComponentConfig, *, num_sampling_steps: int | None) -> Scheduler:
+    """A config's scheduler, with another number of steps unless that is None.
+
+    Raises:
+        ConfigError: It can't be chosen, or is wrong.
+    """
+    if num_sampling_steps is not None:
+        config = attrs.evolve(config, options={**config.options, "num_sampling_steps": num_sampling_steps})
+    scheduler: Scheduler = build("schedulers", config)
+    return scheduler
 
 
 def build_conditioning(parts: Parts, requests: Sequence[Request], *, round_: int = 0) -> Conditioning:

@@ -148,7 +148,7 @@ def describe_sampling(spec: SampleSpec, requests: Sequence[Request]) -> str:
 def _describe_rounds(spec: SampleSpec, parts: Parts, first: Request) -> list[str]:
     """What a video starts from, and of how many rounds it is."""
     lines = []
-    overlap = Overlap(length=spec.condition_frame_length, edit_ratio=spec.condition_frame_edit, align=spec.align)
+    overlap = Overlap.of(spec)
     if first.given:
         sources, edits = first.given.resolve(overlap.latent_frames(parts.vae, first.size), loop=first.loop)
         lines.append(f"starts from  {'; '.join(sources)}: mask strategy {print_mask_strategy(edits)}")

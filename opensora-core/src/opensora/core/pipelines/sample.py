@@ -28,10 +28,10 @@ from opensora.core.config.structure import ComponentConfig
 from opensora.core.config.write import write_config
 from opensora.core.frame_sources import open_frames
 from opensora.core.hooking import Hooks, build_hooks
+from opensora.core.pipelines.sample_checks import check_requests
 from opensora.core.pipelines.sample_loop import SEAMS, SampleRun, sample
 from opensora.core.pipelines.sample_recipes import Repeatable, made_again
 from opensora.core.pipelines.sample_requests import Plan, choose_entries, plan_requests, read_plans, refine_plans
-from opensora.core.pipelines.sample_sizes import check_sizes
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.prompt_syntax import is_url, parse_rounds
 from opensora.core.reference_latents import Overlap
@@ -72,15 +72,9 @@ class Sample:
         """Sample all prompts, write ``summary.json``, and return where the results are."""
         begin = time.perf_counter()
         check_files(self.spec, distinct(self.requests))
+        check_requests(self.spec, distinct(self.requests))
         with build_accelerator(self.spec) as accelerator, ExitStack() as stack:
-            folder, samples = accelerator.from_main(lambda: choose_folders(self.spec))
-            if accelerator.is_main:
-                stack.enter_context(held(folder))
-                stack.enter_context(logging_to(folder / "run.log"))
-                write_config(
-                    folder / "config.py", resolved_values(self.spec), f"Again: opensora-run {folder}/config.py"
-                )
-            check_sizes(self.spec, {request.size for request in distinct(self.requests)})
+            folder, samples = accelerator.from_main(lambda: take_folders(self.spec, stack))
             run = build_run(self.spec, folder, accelerator, self.plan(samples, accelerator))
             seconds = run.sampler.clock.seconds
             seconds["load"] = time.perf_counter() - begin - sum(seconds.values())
@@ -138,6 +132,21 @@ def choose_folders(spec: SampleSpec) -> tuple[Path, Path]:
         return make_folder(Path(spec.save_dir)), Path(spec.save_dir)
     folder = new_run_folder(Path(spec.outputs), spec.name or f"{spec.model.type}-samples")
     return folder, make_folder(folder / "samples")
+
+
+def take_folders(spec: SampleSpec, stack: ExitStack) -> tuple[Path, Path]:
+    """As `choose_folders`; other runs are kept out of them, and what is logged goes there, until ``stack`` is left.
+
+    Raises:
+        MachineError: They can't be written, or another run is in them.
+    """
+    folder, samples = choose_folders(spec)
+    stack.enter_context(held(folder))
+    stack.enter_context(logging_to(folder / "run.log"))
+    write_config(folder / "config.py", resolved_values(spec), f"Again: opensora-run {folder}/config.py")
+    if not spec.leaves_out_existing:
+        (folder / SEAMS).unlink(missing_ok=True)  # of files that are about to be replaced
+    return folder, samples
 
 
 def check_files(spec: SampleSpec, requests: Iterable[Request]) -> None:
@@ -199,7 +208,7 @@ def build_sampler(
         guided=guided,
         denoiser=wrap(guided, hooks, spec),
         kernel=load("attention", spec.attention),
-        overlap=Overlap(length=spec.condition_frame_length, edit_ratio=spec.condition_frame_edit, align=spec.align),
+        overlap=Overlap.of(spec),
         scheduler_config=spec.scheduler,
     )
     del parts  # the sampler alone holds the text encoder, so that it can be released

@@ -63,9 +63,8 @@ class SampleRun:
         return self.sampler.start(requests)
 
     def _wanted(self, requests: Sequence[Request]) -> Iterator[Request]:
-        leaves_out = self.spec.skip_existing or self.spec.prompt_as_path
         for request in requests:
-            if leaves_out and request.path.exists():
+            if self.spec.leaves_out_existing and request.path.exists():
                 self.num_skipped += 1
             else:
                 yield request

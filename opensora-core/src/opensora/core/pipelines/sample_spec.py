@@ -119,8 +119,8 @@ class SampleSpec(CompositionSpec):
     """Put a mark on a copy of each file: True for opensora's, or the path of a png."""
     preview: int | None = field(default=None, validator=optional(gt(0)))
     """Write a cheap preview of each video every so many denoising steps."""
-    crf: int = field(default=18, validator=ge(0))
-    """H.264's quality: 0 is lossless, 18 looks so, 28 is small."""
+    crf: int = field(default=18, validator=and_(ge(0), le(51)))
+    """H.264's quality: 0 is lossless, 18 looks so, 28 is small, 51 the worst."""
     verbose: int = field(default=1, validator=ge(0))
     """0: no progress, 1: progress over videos, 2: over steps too."""
 
@@ -168,6 +168,6 @@ class SampleSpec(CompositionSpec):
         return frames, *find_image_size(resolution, aspect_ratio)
 
     @property
-    def file_fps(self) -> float:
-        """Frames a second of the files."""
-        return self.save_fps or self.fps / self.frame_interval
+    def leaves_out_existing(self) -> bool:
+        """Whether files that are there already are not made again."""
+        return self.skip_existing or self.prompt_as_path
