@@ -448,6 +448,16 @@ def test_previews_show_what_comes(sample: Sample) -> None:
     assert read_image(folder / "previews" / "sample_0000.png").size[1] > 150  # three rows
 
 
+def test_previews_of_long_videos_have_a_sheet_a_round(sample: Sample) -> None:
+    flags = ("--prompt", "a", "b", "--loop", 2, "--num-frames", 8, "--format", "frames", "--sample-name", "v1.2")
+    folder = sample("watched", *flags, "--preview", 3)
+    names = [f"v1.2_{index:04d}-round-{number}.png" for index in (0, 1) for number in (1, 2)]
+    assert sorted(path.name for path in (folder / "previews").iterdir()) == names
+    first, second = (read_image(folder / "previews" / name) for name in names[:2])
+    assert first.size == second.size
+    assert first.tobytes() != second.tobytes()
+
+
 def test_a_cut_prompt_is_reported_with_what_was_cut(sample: Sample, caplog: pytest.LogCaptureFixture) -> None:
     prompt = " ".join(f"word{index}" for index in range(10_000))
     sample("long", "--prompt", prompt)

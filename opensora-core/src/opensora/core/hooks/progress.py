@@ -109,8 +109,7 @@ class Progress:
             self._bar.update(
                 self._steps, total=state.num_steps, completed=state.step + 1, note=f"round {self._round + 1}"
             )
-        if self._main is not None:
-            self._show((state.step + 1) / state.num_steps, f"denoising, step {state.step + 1} of {state.num_steps}")
+        self._show((state.step + 1) / state.num_steps, f"denoising, step {state.step + 1} of {state.num_steps}")
 
     @hook
     def sample_frames(self, run: SampleRun, requests: Sequence[Request], piece: Piece) -> None:
@@ -118,8 +117,7 @@ class Progress:
         if piece.is_first:
             self._decoded, self._round = 0, piece.round
         self._decoded += len(piece.frames[0])
-        if self._main is not None:
-            self._show(1.0, f"decoding, {self._decoded} of {requests[0].size[0]} frames")
+        self._show(1.0, f"decoding, {self._decoded} of {requests[0].size[0]} frames")
         self._round = piece.round + 1
 
     def _show(self, share: float, note: str) -> None:
@@ -139,7 +137,7 @@ class Progress:
         now = time.monotonic()
         if self._bar.disable and now - self._told >= _SECONDS_BETWEEN_LINES and self._finished < self._total:
             self._told = now
-            left = (now - self._begin) / self._finished * (self._total - self._finished)
+            left = (now - self._begin) / run.num_saved * (self._total - self._finished)  # what was there took no time
             log.info("%d of %d samples, about %.0f s left", self._finished, self._total, left)
 
     @hook

@@ -16,6 +16,7 @@ from opensora.core.contact_sheet import write_contact_sheet
 from opensora.core.hookspecs import hook
 from opensora.core.protocols import VideoAutoencoder
 from opensora.core.randomness import generator_for
+from opensora.core.recipes import recipe_path
 from opensora.core.video import to_uint8
 
 if TYPE_CHECKING:
@@ -73,7 +74,10 @@ class SamplePreviewsSpec:
 
 
 class SamplePreviews:
-    """Writes ``previews/NAME.png``: a row for each look, the clean frames as the denoiser foresees them."""
+    """Writes ``previews/NAME.png``: a row for each look, the clean frames as the denoiser foresees them.
+
+    A video of several rounds has a sheet a round, ``NAME-round-2.png``, so that nothing grows with their number.
+    """
 
     Spec = SamplePreviewsSpec
 
@@ -99,12 +103,13 @@ class SamplePreviews:
             log.info("Previews explain %.0f %% of what the autoencoder shows", 100 * self._decoder.explained)
         folder = run.folder / "previews"
         folder.mkdir(exist_ok=True)
-        for request, rows, latents in zip(self._requests, self._rows, state.denoised, strict=False):
-            title = f"round {self._round + 1}, step" if request.loop > 1 else "step"
-            rows.append((f"{title} {state.step + 1} of {state.num_steps}", self._decoder.decode(latents)))
-            write_contact_sheet(folder / f"{request.path.stem}.png", rows, title=request.prompt[:60] or None)
+        for request, rows, latents in zip(self._requests, self._rows, state.denoised, strict=True):
+            rows.append((f"step {state.step + 1} of {state.num_steps}", self._decoder.decode(latents)))
+            name = recipe_path(request.path).stem + (f"-round-{self._round + 1}" if request.loop > 1 else "")
+            write_contact_sheet(folder / f"{name}.png", rows, title=request.prompt[:60] or None)
 
     @hook
     def sample_frames(self, run: SampleRun, requests: Sequence[Request], piece: Piece) -> None:
         """A round is denoised: the next begins."""
-        self._round = piece.round + 1
+        if piece.is_first:
+            self._round, self._rows = piece.round + 1, [[] for _ in requests]
