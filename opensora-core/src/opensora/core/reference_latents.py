@@ -6,7 +6,7 @@ Shapes: C latent channels, T H W frames and size in pixels, t latent frames.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -109,6 +109,7 @@ class ReferenceLatents:
 
         Raises:
             DataError: A file can't be read.
+            ShapeError: The autoencoder can't encode what is in one.
             ConfigError: What is asked of them makes no sense.
         """
         if not request.given:
@@ -116,15 +117,16 @@ class ReferenceLatents:
         sources, edits = request.given.resolve(overlap.latent_frames(vae, request.size), loop=request.loop)
         # -1 is the last of these, and stays so when the round before is added to them
         edits = [attrs.evolve(edit, reference=edit.reference % len(sources)) for edit in edits]
-        num_frames, height, width = request.size
+        _, height, width = request.size
         latents = []
         for index, source in enumerate(sources):
-            own = [edit for edit in edits if edit.reference == index]
-            frames = _frames_needed(own, num_frames)
+            starts = {edit.reference_start for edit in edits if edit.reference == index}
+            frames = _frames_needed(starts, vae, request.size, overlap.alignment(vae))
             reference = load_reference(source, height=height, width=width, fps=request.frame_fps, frames=frames)
             for note in reference.notes:
                 log.info("%s: %s", request.path.name, note)
-            latents.append(_encode(vae, reference.video.to(device), source))
+            from_end = bool(starts) and max(starts) < 0
+            latents.append(_encode(vae, reference.video.to(device), source, from_end=from_end))
         loaded = cls(latents=latents, edits=edits, sources=sources)
         loaded.check(vae.latent_size(request.size)[0], overlap.alignment(vae), rounds=request.loop)
         return loaded
@@ -153,21 +155,49 @@ class ReferenceLatents:
                     )
 
 
-def _frames_needed(edits: Sequence[FrameEdit], num_frames: int) -> slice:
-    """What of a reference a video of so many frames can use, so that a long one is not held whole."""
-    starts = {edit.reference_start for edit in edits}
-    if starts == {0}:
-        return slice(0, num_frames)
-    if starts and max(starts) < 0:
-        return slice(-num_frames, None)
-    return slice(None)
+def _frames_needed(starts: Collection[int], vae: VideoAutoencoder, size: Size, chunk: int | None) -> slice:
+    """What of a reference is used, so that a long one is not held whole.
+
+    Where all is counted from its end, the autoencoder's chunks are too: its last frames must not be left in half a chunk.
+
+    Args:
+        starts: Latent frames, negative from the end.
+        size: (T, H, W) of the video that it is used for.
+        chunk: Latent frames that are encoded together.
+    """
+    if not starts:
+        return slice(0, 1)  # it is there to be counted
+    if set(starts) == {0}:
+        return slice(0, size[0])
+    if max(starts) >= 0:
+        return slice(None)
+    latents = -(min(starts) // (chunk or 1)) * (chunk or 1)
+    fitting = [frames for frames in range(1, 2 * size[0] + 1) if _latent_frames(vae, frames, size) == latents]
+    if not fitting:
+        return slice(None)
+    return slice(-max(fitting if chunk else [*fitting, size[0]]), None)
 
 
 @torch.inference_mode()
-def _encode(vae: VideoAutoencoder, video: Tensor, source: str) -> Tensor:
-    """[3, T, H, W] -> [C, t, h, w]: the mean of the posterior, so that a reference is no matter of chance."""
+def _encode(vae: VideoAutoencoder, video: Tensor, source: str, *, from_end: bool) -> Tensor:
+    """[3, T, H, W] -> [C, t, h, w]: the mean of the posterior, so that a reference is no matter of chance.
+
+    Args:
+        from_end: Of a length that the autoencoder can't do, leave out the first frames, not the last.
+
+    Raises:
+        ShapeError: It can do none.
+    """
     size = (video.shape[1], video.shape[2], video.shape[3])
-    usable = next(frames for frames in range(size[0], 0, -1) if _latent_frames(vae, frames, size) is not None)
+    usable = next((frames for frames in range(size[0], 0, -1) if _latent_frames(vae, frames, size) is not None), None)
+    if usable is None:
+        raise ShapeError(f"{source}: the autoencoder can't encode {size[0]} frames of {size[1]} x {size[2]}.")
     if usable < size[0]:
-        log.info("%s: the autoencoder takes %d of its %d frames", source, usable, size[0])
-    return vae.encode(video[None, :, :usable])[0]
+        log.info(
+            "%s: the autoencoder takes the %s %d of its %d frames",
+            source,
+            "last" if from_end else "first",
+            usable,
+            size[0],
+        )
+    return vae.encode(video[None, :, -usable:] if from_end else video[None, :, :usable])[0]
