@@ -39,6 +39,7 @@ def plan(prompts: str | list[str] | None, folder: Path = FOLDER, **options: obje
 
 
 def test_files_are_named_as_published(golden: Callable[[str], Any]) -> None:
+    checked = 0
     for row in golden("save_names"):
         if "error" in row or ("prompt" in row and row["prompt"] is None):
             continue  # neither index nor prompt
@@ -59,10 +60,13 @@ def test_files_are_named_as_published(golden: Callable[[str], Any]) -> None:
             assert path.name == row["prompt"].replace("/", "_")
         else:
             assert str(path) == row["ok"]
+        checked += 1
+    assert checked == 12
 
 
 @pytest.mark.parametrize(
-    "prompt", ["/etc/passwd", "../../up", "a\\b", ".hidden", "..", "", "  ", "a\x00b\nc", "x" * 400, "波" * 200]
+    "prompt",
+    ["/etc/passwd", "../../up", "a\\b", ".hidden", "..", "", "  ", "a\x00b\nc", "a\udc80", "x" * 400, "波" * 200],
 )
 @pytest.mark.parametrize("sample_name", [None, "", "p-", "../p"])
 def test_a_prompt_never_leaves_its_folder(prompt: str, sample_name: str | None, tmp_path: Path) -> None:
@@ -255,6 +259,7 @@ def test_formats_have_their_names(tmp_path: Path) -> None:
     assert plan("a", num_frames=1)[0].path.name == "sample_0000.png"
     assert plan("a", format="gif")[0].path.name == "sample_0000.gif"
     assert plan("a", format="frames")[0].path.name == "sample_0000"
+    assert plan("photo.webm", format="frames", prompt_as_path=True)[0].path.name == "photo_webm"
 
 
 class Texts:

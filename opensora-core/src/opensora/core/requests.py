@@ -172,12 +172,12 @@ def check_paths(requests: Iterable[Target]) -> None:
 
 
 def file_stem(prompt_or_index: str | int, sample_name: str | None) -> str:
-    """``sample_0007``; or the prompt itself. Made safe: no separators, no hidden names, at most 150 bytes."""
+    """``sample_0007``; or the prompt itself. Made safe: no separators, no hidden names, UTF-8 of at most 150 bytes."""
     if isinstance(prompt_or_index, int):
         name = f"{'sample' if sample_name is None else sample_name}_{prompt_or_index:04d}"
     else:
         name = f"{sample_name or ''}{prompt_or_index}"
-    safe = re.sub(r'[/\\\x00-\x1f<>:"|?*]+', "_", name).strip(" .") or "empty"
+    safe = re.sub(r'[/\\\x00-\x1f\ud800-\udfff<>:"|?*]+', "_", name).strip(" .") or "empty"
     encoded = safe.encode()
     if len(encoded) > 150:  # file systems allow 255 bytes, with our endings and a temporary name's
         digest = hashlib.sha256(encoded).hexdigest()[:8]

@@ -172,8 +172,10 @@ def config_of_recipe(path: Path) -> dict[str, Any]:
     """The config that makes the sample of a file again.
 
     Raises:
-        DataError: The file has no recipe that can be read; see `read_recipe`.
+        DataError: There is no file, or it has no recipe that can be read; see `read_recipe`.
     """
+    if not path.name:
+        raise DataError(f'"{path}" is no result of sampling. Give a file, or a folder of frames.')
     recipe = read_recipe(path)
     if not isinstance(recipe.get("config"), dict):
         raise DataError(f"{path} has a recipe that no sampling run has written: it has no config.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ ENDLESS = 1_000_000
 """Where prompt_generator ends, if nobody ends it before."""
 T = TypeVar("T")
 _GIVEN = tuple(attrs.fields_dict(GivenFrames))
+_FILE_ENDING = re.compile(r"\.(?=[a-zA-Z]\w{2,3}$)")  # a folder that is called as a file would be taken for one
 
 
 def choose_entries(spec: SampleSpec) -> dict[int, PromptEntry]:
@@ -191,6 +193,8 @@ def _requests_of(plan: Plan, spec: SampleSpec, folder: Path) -> Iterator[Request
     extension = _extension(spec, request)
     stem = settings.name and file_stem(settings.name, "")
     stem = stem or file_stem(plan.prompt if spec.prompt_as_path else number, spec.sample_name)
+    if not extension:
+        stem = _FILE_ENDING.sub("_", stem)
     for repeat in range(repeats):
         name = f"{stem}-{repeat}" if repeats > 1 else stem
         seed = spec.seed + number * repeats if settings.seed is None else settings.seed
