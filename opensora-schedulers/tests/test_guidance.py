@@ -185,6 +185,13 @@ def test_outside_the_interval_the_conditional_half_runs_alone(toy):
         assert torch.equal(result, plain(LATENTS, timestep, TOLD)), share
 
 
+def test_the_ends_of_an_interval_hold_for_timesteps_that_rounding_has_moved(toy):
+    ends = torch.tensor([200.0, 800.0])
+    for timestep in (ends, ends.nextafter(torch.zeros(2)), ends.nextafter(torch.full((2,), 1e9))):
+        result = Guidance(toy(NULL), scale=3.0, interval=(0.2, 0.8))(LATENTS, timestep, TOLD)
+        assert torch.equal(result, Guidance(toy(NULL), scale=3.0)(LATENTS, timestep, TOLD))
+
+
 def test_an_interval_holds_for_each_sample_by_its_own_timestep(toy):
     """As each of them alone."""
     result = Guidance(toy(NULL), scale=3.0, interval=(0.5, 1.0))(LATENTS, TIMESTEP, TOLD)
@@ -242,6 +249,11 @@ def test_what_is_predicted_in_given_frames_does_not_count_in_rescaling():
     assert_close(expected[1], rescale_guidance(guided, conditional, 0.7)[1])
     some = [0, 2]
     assert_close(expected[:1, :, some], rescale_guidance(guided[:1, :, some], conditional[:1, :, some], 0.7))
+    seen = TOLD.replace(frame_mask=MASK)
+    guided = Guidance(lambda latents, *_: latents.cumsum(0), scale=3.0, rescale=1.0)(LATENTS, TIMESTEP, seen)
+    both = torch.cat([LATENTS, LATENTS]).cumsum(0)
+    plain = both[2:] + 3 * (both[:2] - both[2:])
+    assert_close(guided, rescale_guidance(plain, both[:2], 1.0, frame_mask=MASK))
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     assert rescale_guidance(guided, conditional, 0.7, frame_mask=nothing).isfinite().all()
 

@@ -288,6 +288,19 @@ def test_a_solver_goes_on_behind_the_state_of_another_as_if_it_began_there(solve
         assert_close(result[0].latents, expected.latents, rtol=1e-5, atol=1e-5)
 
 
+def test_the_oldest_prediction_stands_for_those_that_a_solver_misses(toy):
+    second, third = (
+        RectifiedFlow(RectifiedFlowSpec(num_sampling_steps=12, solver=name)) for name in ("dpm++2m", "dpm++3m")
+    )
+    state = sample(second, toy(NULL), randn(*SHAPE), told())[5]
+    [oldest] = state.memory
+    twice = attrs.evolve(state, memory=(oldest, oldest))
+    found, expected = (last(third, toy(NULL), randn(*SHAPE), told(), after=each) for each in (state, twice))
+    assert torch.equal(found, expected)
+    newest_twice = attrs.evolve(state, memory=())
+    assert not torch.equal(last(third, toy(NULL), randn(*SHAPE), told(), after=newest_twice), expected)
+
+
 def test_a_state_of_another_run_is_refused(scheduler, toy):
     state = sample(scheduler, toy(NULL), randn(*SHAPE), told())[2]
     respaced = {"timestep_respacing": None} if isinstance(scheduler, IDDPM) else {}

@@ -187,6 +187,13 @@ def test_solvers_of_order_2_are_more_exact_than_euler_with_few_steps_too(name, s
     assert error(name, flow(steps)) < 0.6 * error("euler", flow(steps))
 
 
+def test_no_parabola_goes_through_noise_alone():
+    second, third = (SOLVERS[name](flow(12), eta=0.0).predictions for name in ("dpm++2m", "dpm++3m"))
+    assert torch.equal(third[:3, :2], second[:3])
+    assert (third[:3, 2] == 0).all()
+    assert (third[3:11, 2] != 0).all()
+
+
 def test_the_second_step_from_noise_alone_makes_use_of_the_first():
     """In lambda that is infinitely far away, so that a slope would be worth nothing."""
     levels = flow(10)

@@ -38,7 +38,7 @@ class RectifiedFlowSpec(GuidanceSpec):
     solver: Literal["euler", "euler-ancestral", "heun", "dpm++2m", "dpm++3m", "dpm++2m-sde", "unipc"] = field(
         default="euler", validator=in_(tuple(SOLVERS))
     )
-    """How steps are taken. euler as in Open-Sora; unipc is more exact at the same cost, heun yet more at twice the cost;
+    """How steps are taken. euler as in Open-Sora; unipc is more exact at the same cost; heun takes two calls a step;
     euler-ancestral and dpm++2m-sde add noise on the way."""
     eta: float = field(default=1.0, validator=and_(ge(0), le(1)))
     """How much noise euler-ancestral and dpm++2m-sde add: 0 is none."""
