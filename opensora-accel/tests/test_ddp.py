@@ -83,6 +83,11 @@ def test_an_unused_parameter_is_named(results):
         assert "find_unused_parameters=True" in result["unused"]
 
 
+def test_work_of_unequal_length_is_waited_for(torchrun):
+    done = torchrun("unequal.py")
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_process_that_fails_ends_the_run(torchrun):
     start = time.monotonic()
     done = torchrun("fail.py")

@@ -37,6 +37,10 @@ HOW_TO_START = (
 )
 
 
+_VERY_LONG = timedelta(days=365)
+"""For waiting without a limit."""
+
+
 @frozen(kw_only=True)
 class DDPSpec:
     """Options of `DDP`."""
@@ -85,6 +89,7 @@ class DDP(Accelerator):
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=self.spec.timeout_s))
+            self._patient = dist.new_group(backend="gloo", timeout=_VERY_LONG)
         except dist.DistError as error:
             raise MachineError(_joining_failed(str(error), os.environ)) from error
         return self
@@ -157,6 +162,10 @@ class DDP(Accelerator):
     def barrier(self) -> None:
         """As `Accelerator.barrier`."""
         self.highest(0)
+
+    def wait(self) -> None:
+        """As `Accelerator.wait`."""
+        dist.all_reduce(torch.zeros(1), group=self._patient)
 
 
 @frozen

@@ -155,7 +155,10 @@ class Accelerator:
         return value
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait for all processes. One that does not come within the time limit ends the run."""
+
+    def wait(self) -> None:
+        """Wait for all processes as long as it takes, where their work differs in length. One that dies ends the run."""
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What ``function`` returns in the main process, in all of them; a `UserError` there is raised in all of them."""
@@ -165,6 +168,7 @@ class Accelerator:
                 outcome = function()
             except UserError as error:
                 outcome = error
+        self.wait()  # it may take long
         outcome = self.broadcast(outcome)
         if isinstance(outcome, UserError):
             raise outcome

@@ -45,17 +45,28 @@ class Clock:
     device: torch.device
     seconds: dict[str, float] = field(factory=dict)
     """By phase."""
+    _inner: list[float] = field(factory=list, init=False)
+    """Of each phase under way, the time of phases within it."""
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to ``seconds[name]``."""
+    def phase(self, name: str, *, waits: bool = True) -> Iterator[None]:
+        """Add the time of the block, but for that of phases within it, to ``seconds[name]``.
+
+        Args:
+            name: Of the phase.
+            waits: Whether to wait for the device at the end; not at each denoising step.
+        """
         begin = time.perf_counter()
+        self._inner.append(0.0)
         try:
             yield
         finally:
-            if self.device.type == "cuda":
+            if waits and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+            taken = time.perf_counter() - begin
+            self.seconds[name] = self.seconds.get(name, 0.0) + taken - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += taken
 
 
 @frozen(kw_only=True, eq=False)
@@ -117,7 +128,8 @@ class VideoSampler:
             with self.clock.phase("denoise"):
                 for state in denoising:
                     if watch is not None:
-                        watch(state)
+                        with self.clock.phase("hooks", waits=False):
+                            watch(state)
             tail, unseen, is_first = None, shared if round_ else 0, True
             for piece in self._iter_decode(denoising.latents, first.size[0]):
                 if shared:

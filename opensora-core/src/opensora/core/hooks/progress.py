@@ -90,7 +90,9 @@ class Progress:
         """Show the bar over all denoising steps and frames to decode of this process's videos, which tells the time left."""
         if run.accelerator.is_main:
             self._bar.start()
-            self._total = len(run.requests[:: run.accelerator.world_size])
+            there = getattr(run, "there", ())
+            wanted = len(run.requests) - (sum(each.path in there for each in run.requests) if there else 0)
+            self._total = -(-wanted // run.accelerator.world_size)  # the main process has the first, so the most
             self._main = self._bar.add_task("sample", total=self._total, note="")
             self._begin = self._told = time.monotonic()
             if self.spec.steps:
@@ -100,7 +102,7 @@ class Progress:
     def sample_batch(self, run: SampleRun, requests: Sequence[Request]) -> None:
         """Begin anew with the steps of a batch."""
         self._batch, self._round = requests, 0
-        self._finished = run.num_saved + run.num_skipped
+        self._finished = run.num_saved
 
     @hook
     def sample_step(self, run: SampleRun, state: SampleState) -> None:
@@ -137,7 +139,7 @@ class Progress:
         now = time.monotonic()
         if self._bar.disable and now - self._told >= _SECONDS_BETWEEN_LINES and self._finished < self._total:
             self._told = now
-            left = (now - self._begin) / run.num_saved * (self._total - self._finished)  # what was there took no time
+            left = (now - self._begin) / self._finished * (self._total - self._finished)
             log.info("%d of %d samples, about %.0f s left", self._finished, self._total, left)
 
     @hook

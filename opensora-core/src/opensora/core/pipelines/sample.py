@@ -75,14 +75,20 @@ class Sample:
         check_requests(self.spec, distinct(self.requests))
         with build_accelerator(self.spec) as accelerator, ExitStack() as stack:
             folder, samples = accelerator.from_main(lambda: take_folders(self.spec, stack))
-            run = build_run(self.spec, folder, accelerator, self.plan(samples, accelerator))
+            planning = time.perf_counter()
+            requests = self.plan(samples, accelerator)
+            planned = time.perf_counter() - planning
+            run = build_run(self.spec, folder, accelerator, requests)
+            if self.spec.leaves_out_existing:
+                run.there = accelerator.from_main(lambda: frozenset(samples.iterdir()))
             seconds = run.sampler.clock.seconds
+            seconds["plan"] = planned
             seconds["load"] = time.perf_counter() - begin - sum(seconds.values())
             try:
                 run.hooks.sample_start(run=run)
                 sample(run)
                 with run.sampler.clock.phase("wait"):
-                    accelerator.barrier()
+                    accelerator.wait()
             finally:
                 with run.sampler.clock.phase("finish"):
                     run.hooks.sample_end(run=run)
@@ -112,6 +118,7 @@ class Sample:
         """What would be sampled, with sizes and an estimate of memory and compute. Loads and writes nothing."""
         from opensora.core.pipelines.dry_run import describe_sampling
 
+        check_requests(self.spec, distinct(self.requests))
         return describe_sampling(self.spec, self.requests)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import attrs
@@ -50,22 +51,26 @@ class SampleRun:
     hooks: Hooks
     repeatable: Repeatable
     """What recipes say of the run."""
+    there: Collection[Path] = ()
+    """Files that were there when the run began, and are left out; the same in all processes."""
     num_saved: int = 0
     num_skipped: int = 0
+    """Of all processes' requests, known to the main one."""
 
     def iter_batches(self) -> Iterator[list[Request]]:
         """This process's batches; what is there already is left out if the config says so."""
-        mine = self.requests[self.accelerator.rank :: self.accelerator.world_size]
-        return iter_batches(self._wanted(mine), self.spec.batch_size)
+        mine = islice(self._wanted(), self.accelerator.rank, None, self.accelerator.world_size)
+        return iter_batches(mine, self.spec.batch_size)
 
     def start(self, requests: Sequence[Request]) -> Denoising:
         """Begin to denoise videos, without files, for a hook that wants to know more."""
         return self.sampler.start(requests)
 
-    def _wanted(self, requests: Sequence[Request]) -> Iterator[Request]:
-        for request in requests:
-            if self.spec.leaves_out_existing and request.path.exists():
-                self.num_skipped += 1
+    def _wanted(self) -> Iterator[Request]:
+        """What all processes together are to make."""
+        for request in self.requests:
+            if request.path in self.there:
+                self.num_skipped += self.accelerator.is_main
             else:
                 yield request
 
