@@ -54,6 +54,8 @@ ResultFormat = Literal["mp4", "gif", "png", "frames"]
 RESULT_EXTENSIONS: Mapping[ResultFormat, str] = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "frames": ""}
 """What the name of a result ends in; ``frames`` is a folder."""
 
+_SMALL = 128
+"""Pixels: frames of fewer a side are encoded without B-frames."""
 _NOT_WRITTEN = re.compile(r"\.(3gp|apng|avi|avif|bmp|flv|jpe?g|json|m4v|mkv|mov|mpe?g|tiff?|webm|webp|wmv)")
 _FOLDER_FILES = re.compile(r"\d{4,}\.png|frames\.json|recipe\.json")
 
@@ -269,7 +271,10 @@ class VideoWriter(Sink):
 
     def _begin(self, height: int, width: int) -> None:
         assert self._container is not None
-        stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": str(self._crf)})
+        options = {"crf": str(self._crf)}
+        if min(height, width) < _SMALL:
+            options["bf"] = "0"  # else x264's look ahead reads memory that it hasn't written, and results vary
+        stream = self._container.add_stream("libx264", rate=self._rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
         codec = stream.codec_context
         # by size alone, since it changes x264's output
