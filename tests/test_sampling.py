@@ -525,6 +525,7 @@ def test_several_prompts_come_back_in_their_order(values: dict[str, Any], write:
     pipeline = load(write({**values, "batch_size": 2}))
     videos = pipeline(["a", "b", "c"])
     assert [video.request.prompt for video in videos] == ["a", "b", "c"]
+    assert [key.seed for key in pipeline.start(["a", "b"], seed=7).keys] == [7, 8]
     assert torch.equal(videos[2].frames, pipeline("c", seed=videos[2].request.seed).frames)
 
 

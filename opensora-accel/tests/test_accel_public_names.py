@@ -6,18 +6,30 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 import opensora.accel
 from opensora.core.accelerator import Accelerator
 
+NAMES = {
+    "ddp": ["DDP", "DDPSpec"],
+    "pyramid_broadcast": ["PyramidBroadcast", "PyramidBroadcastSpec"],
+    "step_cache": ["StepCache", "StepCacheSpec"],
+}
+
 
 def test_all_lists_what_is_there():
-    for module in (opensora.accel, import_module("opensora.accel.ddp")):
-        assert module.__all__ == ["DDP", "DDPSpec"]
-        assert all(hasattr(module, name) for name in module.__all__)
+    assert opensora.accel.__all__ == [name for names in NAMES.values() for name in names]
+    assert all(hasattr(opensora.accel, name) for name in opensora.accel.__all__)
+    for module, names in NAMES.items():
+        assert import_module(f"opensora.accel.{module}").__all__ == names
 
 
-def test_entry_points_lead_to_accelerators():
+@pytest.mark.parametrize("group", ["accelerators", "hooks"])
+def test_entry_points_lead_to_classes_with_options(group):
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    for target in project["entry-points"]["opensora.accelerators"].values():
+    for target in project["entry-points"][f"opensora.{group}"].values():
         module, _, name = target.partition(":")
-        assert issubclass(getattr(import_module(module), name), Accelerator)
+        component = getattr(import_module(module), name)
+        assert component.Spec.__name__ == f"{name}Spec"
+        assert issubclass(component, Accelerator) == (group == "accelerators")

@@ -1,5 +1,7 @@
-"""Accelerators of opensora: how a step runs on the hardware."""
+"""Accelerators of opensora, how a step runs on the hardware; and caches that spare work between sampling steps."""
 
 from opensora.accel.ddp import DDP, DDPSpec
+from opensora.accel.pyramid_broadcast import PyramidBroadcast, PyramidBroadcastSpec
+from opensora.accel.step_cache import StepCache, StepCacheSpec
 
-__all__ = ["DDP", "DDPSpec"]
+__all__ = ["DDP", "DDPSpec", "PyramidBroadcast", "PyramidBroadcastSpec", "StepCache", "StepCacheSpec"]

@@ -98,7 +98,7 @@ class SamplingPipeline:
         Args:
             prompt: Text, or several.
             settings: Those of `PromptSettings`, such as ``num_frames``, ``seed``, ``image``, ``negative_prompt``, ``loop``;
-                the others are as in the config.
+                the others are as in the config. Of several prompts, each has the seed after that of the one before.
 
         Raises:
             ConfigError, DataError, ShapeError: A setting is unknown or wrong, or the model can't do it.
@@ -149,11 +149,13 @@ class SamplingPipeline:
 
     def _requests(self, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[Request]:
         own = structure(PromptSettings, settings)
+        seed = self.spec.seed if own.seed is None else own.seed  # of the first prompt: they count up from it
+        own = attrs.evolve(own, seed=None)
         entries = {
             index: PromptEntry(text=text, settings=own, location=f"prompt {index + 1}")
             for index, text in enumerate(prompts)
         }
-        spec = attrs.evolve(self.spec, prompt=list(prompts), start_index=None, end_index=None, num_sample=1)
+        spec = attrs.evolve(self.spec, prompt=list(prompts), seed=seed, start_index=None, end_index=None, num_sample=1)
         check_lists(spec, len(prompts))
         plans = read_plans(entries, spec)
         if self.prompter is not None:

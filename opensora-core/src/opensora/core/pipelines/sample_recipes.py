@@ -46,7 +46,7 @@ _OF_A_RUN = (
     *("without_hooks", "pipeline", "device", "mask_strategy", "reference_path"),
 )
 """Keys of a config that say how many samples are made, or what they are called, and not what one is."""
-_PATHS = ("from_pretrained", "watermark", "calibration")
+_PATHS = ("from_pretrained", "watermark")
 """Keys, here and in components, whose values may be paths."""
 
 
