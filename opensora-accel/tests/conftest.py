@@ -1,4 +1,4 @@
-"""Starting real processes, as torchrun does."""
+"""Starting real processes, as torchrun does; a small world to sample in."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from opensora.core import components
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -40,3 +44,20 @@ def torchrun(free_port: Callable[[], int]) -> Callable[..., subprocess.Completed
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """``toys/toy_world.py``, whose scheduler is installed as any plugin's."""
+    site = tmp_path_factory.mktemp("site")
+    metadata = site / "toy_world-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-world\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[opensora.schedulers]\ntoy-flow = toy_world:Flow\n")
+    added = [str(site), str(Path(__file__).parent / "toys")]
+    sys.path[:0] = added
+    components.refresh()
+    yield import_module("toy_world")
+    for path in added:
+        sys.path.remove(path)
+    components.refresh()

@@ -15,7 +15,7 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from opensora.accel._calibrating import changed_rows, weighted_sum
-from opensora.accel._calibration import REMEMBERED, WARM_UP, Calibration
+from opensora.accel._calibration import REMEMBERED, Calibration
 from opensora.accel._common import total
 from opensora.core.accelerator import Accelerator
 from opensora.core.conditioning import Conditioning
@@ -107,7 +107,7 @@ class Video:
         if self.calibration is None or not self.past:
             return None
         calls = [number for number, _ in self.past]
-        foresight = self.calibration.foresee(call, calls)
+        foresight = self.calibration.outputs.foresee(call, calls)
         output = weighted_sum(foresight.weights, [output for _, output in self.past])
         return _Guess(call, output, foresight.error, self.calibration.cost(call, calls) * self.trust)
 
@@ -118,11 +118,13 @@ class Video:
 
     def takes(self, guess: _Guess | None, budget: float) -> bool:
         """Whether a guess is good enough to do without the evaluation; if so, its error is booked."""
-        if guess is None or self.calibration is None or self.strain is None or len(self.past) < WARM_UP:
+        if guess is None or self.calibration is None or self.strain is None:
             return False
-        if guess.cost > self.calibration.threshold or not self.calibration.may_reuse(guess.call, self.past[-1][0]):
+        if not self.calibration.may_reuse(guess.call, [call for call, _ in self.past]):
             return False
-        if self.squares + self.open_squares + guess.cost**2 > budget**2:
+        if not guess.cost <= self.calibration.threshold:  # which no cost is that is not a number
+            return False
+        if not self.squares + self.open_squares + guess.cost**2 <= budget**2:
             return False
         self.open_squares += guess.cost**2
         return True

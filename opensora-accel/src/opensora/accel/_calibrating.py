@@ -4,7 +4,7 @@
 2. Without the network: what a step makes of an error in one output.
 3. Trials that foresee one output, early in one video and later in the other: how the network's answers make the error grow
    or shrink from each step to the end. The worst of them counts.
-4. Trials of the whole plan, with each: how far its error is from the expected one. Again, the worst counts.
+4. Trials of the whole plan, with each: how far its error is from the expected one. The worst counts again.
 
 Shapes: C latent channels, T H W latent frames and size, K calls of the denoiser, S steps.
 """
@@ -19,7 +19,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from opensora.accel._calibration import REMEMBERED, Calibration
+from opensora.accel._calibration import REMEMBERED, Calibration, Outputs
 from opensora.core.conditioning import Conditioning
 from opensora.core.denoising import Denoising
 from opensora.core.errors import ConfigError
@@ -72,7 +72,7 @@ class Course:
 
     def _foresee(self, calibration: Calibration, call: int) -> Tensor:
         past = self.past[-REMEMBERED:]
-        weights = calibration.foresee(call, past).weights
+        weights = calibration.outputs.foresee(call, past).weights
         return weighted_sum(weights, [self.outputs[each] for each in past])
 
 
@@ -198,7 +198,7 @@ def _describe(records: Sequence[_Record]) -> Calibration:
         calls=records[0].calls,
         restarts=tuple(first.restarts),
         length=sum(record.length for record in records) / len(records),
-        products=tuple(record.products() for record in records),
+        outputs=Outputs(products=tuple(record.products() for record in records)),
         sensitivities=(0.0,) * len(first.outputs),
     )
 
@@ -250,7 +250,7 @@ def _effect(record: _Record, calibration: Calibration, call: int) -> float:
     if not past:
         return 0.0
     outputs, step = record.course.outputs, record.step_of(call)
-    foreseen = weighted_sum(calibration.foresee(call, past).weights, [outputs[each] for each in past])
+    foreseen = weighted_sum(calibration.outputs.foresee(call, past).weights, [outputs[each] for each in past])
     first = calibration.first_call(step)
     answers = [*outputs[first:call], foreseen, *outputs[call + 1 : first + calibration.calls[step]]]
     denoising = record.denoising

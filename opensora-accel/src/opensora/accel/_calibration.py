@@ -18,30 +18,29 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
-import torch
 from attrs import field, frozen
-from torch import Tensor
 
 from opensora.core.errors import ConfigError
 
-__all__ = ["Calibration", "Foresight", "Plan"]
+__all__ = ["Calibration", "Foresight", "Outputs", "Plan"]
 
 REMEMBERED = 3
 """How many evaluated outputs an output is foreseen from."""
 WARM_UP = 2
 """Calls at the start that are evaluated in any case: the first, and one that shows how well this video can be foreseen."""
-_UNCERTAIN = 1e-4
-"""The square of how well an output is taken to be known, relatively: least squares would else trust in differences of outputs
-that are not what they would be had all been evaluated."""
 _UNSEEN = 0.1
 """For how long, as a share of all calls, nothing may be evaluated."""
 _AROUND = 0.05
 """How far away, as a share of all calls, errors are looked for."""
+_UNCERTAIN = 1e-4
+"""The square of how well an output is taken to be known, relatively: least squares would else trust in differences of outputs
+that are not what they would be had all been evaluated."""
 _ROUNDING = 1e-6
+"""Relative errors below this are nothing but rounding."""
 _THRESHOLDS = 80
 """How many are tried, from a hundredth of the budget up."""
 
-
+_Table = tuple[tuple[float, ...], ...]
 _Calls = tuple[int, tuple[int, ...]]
 """One that is foreseen, and those that it is foreseen from."""
 
@@ -52,15 +51,100 @@ class Foresight:
 
     weights: tuple[float, ...]
     error: float
-    """Length of what such weights miss in videos that they were not fitted to, as a share of the length of the final latents."""
+    """Length of what such weights miss in videos that they were not fitted to; the final latents' length is 1."""
     worst: float
-    """The same, but of this call and those around it the largest. Where outputs change fast, they do so a little earlier in one
-    video than in another."""
+    """The same, but the largest of this call and those around it. Where outputs change fast, they do so a little earlier in
+    one video than in another."""
+
+
+@frozen(kw_only=True)
+class Outputs:
+    """The outputs of a few videos, as far as foreseeing needs to know them."""
+
+    products: tuple[_Table, ...]
+    """[V, K, K], inner products, as shares of the squared length of the final latents."""
+    _known: dict[_Calls, Foresight] = field(factory=dict, init=False, eq=False, repr=False)
+    _fits: dict[_Calls, tuple[tuple[float, ...], float]] = field(factory=dict, init=False, eq=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        lengths = {len(each) for table in self.products for each in (table, *table)}
+        if len(self.products) < 2 or len(lengths) != 1:
+            raise ConfigError("products must be square tables of one size, two or more.")
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.products[0])
+
+    @cached_property
+    def _others(self) -> list[_Table]:
+        """[V], the mean of the products of all videos but one."""
+        return [_mean([*self.products[:video], *self.products[video + 1 :]]) for video in range(len(self.products))]
+
+    @cached_property
+    def _mean(self) -> _Table:
+        return _mean(self.products)
+
+    def foresee(self, call: int, past: Sequence[int]) -> Foresight:
+        """How the output of ``call`` is made of those of the calls ``past``, rising, at most `REMEMBERED`."""
+        key = (call, tuple(past))
+        if key not in self._known:
+            weights, error = self._fit_best(call, key[1])
+            self._known[key] = Foresight(weights, error, self._worst_around(call, past))
+        return self._known[key]
+
+    def _worst_around(self, call: int, past: Sequence[int]) -> float:
+        """The error of foreseeing this output or, from as far back, one a little earlier or later."""
+        around = math.ceil(_AROUND * len(self))
+        shifts = range(max(-around, -past[0]), min(around, len(self) - 1 - call) + 1)
+        return max(self._fit_best(call + shift, tuple(each + shift for each in past))[1] for shift in shifts)
+
+    def _fit_best(self, call: int, past: tuple[int, ...]) -> tuple[tuple[float, ...], float]:
+        """Weights, and their error; of all numbers of outputs to look back to, with the least error on unknown videos."""
+        if (call, past) not in self._fits:
+            tries = [(self._error(call, past[-count:]), count) for count in range(1, len(past) + 1)]
+            error, count = min(tries)
+            weights = _fit(self._mean, call, past[-count:])
+            self._fits[call, past] = (*[0.0] * (len(past) - count), *weights), error
+        return self._fits[call, past]
+
+    def _error(self, call: int, past: tuple[int, ...]) -> float:
+        """How much weights that are fitted to the other videos miss, the mean over all videos."""
+        missed = 0.0
+        for products, others in zip(self.products, self._others, strict=True):
+            parts = [
+                (1.0, call),
+                *((-weight, each) for weight, each in zip(_fit(others, call, past), past, strict=True)),
+            ]
+            missed += sum(a * b * products[i][j] for a, i in parts for b, j in parts)
+        floor = _ROUNDING**2 * self._mean[call][call]
+        return math.sqrt(max(missed / len(self.products), floor))
+
+
+def _mean(tables: Sequence[_Table]) -> _Table:
+    return tuple(
+        tuple(sum(column) / len(tables) for column in zip(*rows, strict=True)) for rows in zip(*tables, strict=True)
+    )
+
+
+def _fit(products: _Table, call: int, past: tuple[int, ...]) -> list[float]:
+    """The weights of least squares. There are so few that plain numbers are quicker than tensors."""
+    rows = [[*(products[i][j] for j in past), products[i][call]] for i in past]
+    for index, row in enumerate(rows):
+        row[index] += _UNCERTAIN * row[index] + 1e-300
+    for index, row in enumerate(rows):  # the matrix is positive definite: no row needs to be exchanged
+        for lower in rows[index + 1 :]:
+            factor = lower[index] / row[index]
+            lower[index:] = [below - factor * above for below, above in zip(lower[index:], row[index:], strict=True)]
+    weights: list[float] = []
+    for index in range(len(past) - 1, -1, -1):
+        known = sum(a * b for a, b in zip(rows[index][index + 1 : -1], weights, strict=True))
+        weights.insert(0, (rows[index][-1] - known) / rows[index][index])
+    return weights
 
 
 @frozen
 class Plan:
-    """Which calls of the calibrated trajectory would be foreseen."""
+    """Which calls of a calibrated trajectory would be foreseen."""
 
     reused: tuple[int, ...]
     error: float
@@ -81,8 +165,7 @@ class Calibration:
     """Calls that were told other conditions than the one before, from which nothing earlier is used."""
     length: float
     """Of the final latents, their mean."""
-    products: tuple[tuple[tuple[float, ...], ...], ...]
-    """[V, K, K], inner products of the outputs, as shares of the final latents'."""
+    outputs: Outputs
     sensitivities: tuple[float, ...]
     """[K], by how much the final latents change for an error in an output, both relative to the final latents."""
     amplification: float = 1.0
@@ -91,19 +174,11 @@ class Calibration:
     """See `Plan`. 0: nothing is reused."""
     evaluations: int = 0
     """That calibrating took."""
-    _known: dict[_Calls, Foresight] = field(factory=dict, init=False, eq=False, repr=False)
-    _fits: dict[_Calls, tuple[tuple[float, ...], float]] = field(factory=dict, init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        count = len(self.timesteps)
-        tables = [each for table in self.products for each in (table, *table)]
-        lengths = {len(self.sensitivities), sum(self.calls), *map(len, tables)}
-        if lengths - {count}:
-            raise ConfigError(f"A calibration of {count} calls has tables of other sizes: {sorted(lengths - {count})}.")
-
-    @cached_property
-    def _products(self) -> Tensor:
-        return torch.tensor(self.products, dtype=torch.float64)
+        sizes = (len(self.timesteps), len(self.outputs), len(self.sensitivities), sum(self.calls))
+        if len(set(sizes)) != 1:
+            raise ConfigError(f"timesteps, outputs, sensitivities and calls must be of one size, not {sizes}.")
 
     def first_call(self, step: int) -> int:
         """The number of a step's first call."""
@@ -114,21 +189,13 @@ class Calibration:
         known = self.timesteps[call] if call < len(self.timesteps) else math.nan
         return math.isclose(timestep, known, rel_tol=1e-4, abs_tol=1e-2)
 
-    def may_reuse(self, call: int, last: int) -> bool:
-        """Whether it is not too long since the last evaluation, which alone shows how well a video can be foreseen."""
-        return call - last <= math.ceil(_UNSEEN * len(self.timesteps))
-
-    def foresee(self, call: int, past: Sequence[int]) -> Foresight:
-        """How the output of ``call`` is made of those of the calls ``past``, rising, at most `REMEMBERED`."""
-        key = (call, tuple(past))
-        if key not in self._known:
-            weights, error = self._fit_best(call, list(past))
-            self._known[key] = Foresight(weights, error, self._worst_around(call, past))
-        return self._known[key]
+    def may_reuse(self, call: int, past: Sequence[int]) -> bool:
+        """Whether enough was evaluated, and not too long ago: nothing else shows how well a video can be foreseen."""
+        return len(past) >= WARM_UP and call - past[-1] <= math.ceil(_UNSEEN * len(self.timesteps))
 
     def cost(self, call: int, past: Sequence[int]) -> float:
         """The relative error of the final latents that foreseeing this one output is expected to add."""
-        return self.amplification * self.sensitivities[call] * self.foresee(call, past).worst
+        return self.amplification * self.sensitivities[call] * self.outputs.foresee(call, past).worst
 
     def plan(self, budget: float) -> Plan:
         """The threshold that spares most calls of a calibrated trajectory, and of several such the least error.
@@ -136,7 +203,7 @@ class Calibration:
         Args:
             budget: The error to be kept.
         """
-        shares = torch.logspace(-2, 0, _THRESHOLDS, dtype=torch.float64).tolist()
+        shares = [10 ** (-2 * index / (_THRESHOLDS - 1)) for index in range(_THRESHOLDS)]
         plans = [self._plan(share * budget, budget) for share in shares]
         return max(plans, key=lambda plan: (len(plan.reused), -plan.error))
 
@@ -147,52 +214,10 @@ class Calibration:
         for call in range(len(self.timesteps)):
             if call in self.restarts:
                 past = []
-            may = len(past) >= WARM_UP and self.may_reuse(call, past[-1])
-            cost = self.cost(call, past[-REMEMBERED:]) if may else math.inf
+            cost = self.cost(call, past[-REMEMBERED:]) if self.may_reuse(call, past) else math.inf
             if cost <= threshold and squares + cost**2 <= budget**2:
                 reused.append(call)
                 squares += cost**2
             else:
                 past.append(call)
         return Plan(tuple(reused), math.sqrt(squares), threshold)
-
-    def _worst_around(self, call: int, past: Sequence[int]) -> float:
-        """The error of foreseeing this output or, from as far back, one a little earlier or later."""
-        around = math.ceil(_AROUND * len(self.timesteps))
-        shifts = [shift for shift in range(-around, around + 1) if past[0] + shift >= 0]
-        shifts = [shift for shift in shifts if call + shift < len(self.timesteps)]
-        return max(self._fit_best(call + shift, [each + shift for each in past])[1] for shift in shifts)
-
-    def _fit_best(self, call: int, past: list[int]) -> tuple[tuple[float, ...], float]:
-        """Weights, and their error; of all numbers of outputs to look back to, with the least error on unknown videos."""
-        key = (call, tuple(past))
-        if key not in self._fits:
-            count = len(self.products)
-            tries = []
-            for looked_at in range(1, len(past) + 1):
-                used = past[-looked_at:]
-                missed = 0.0
-                for video in range(count):
-                    weights = self._fit(call, used, [other for other in range(count) if other != video] or [video])
-                    missed += self._missed(weights, call, used, video) / count
-                floor = _ROUNDING**2 * float(self._products[:, call, call].mean())
-                tries.append((math.sqrt(max(missed, floor)), used))
-            error, used = min(tries)
-            unused = (0.0,) * (len(past) - len(used))
-            self._fits[key] = (*unused, *self._fit(call, used, range(count)).tolist()), error
-        return self._fits[key]
-
-    def _fit(self, call: int, past: Sequence[int], videos: Sequence[int]) -> Tensor:
-        """The weights that foresee ``videos`` best."""
-        products = self._products[list(videos)].mean(0)
-        known = products[past][:, past]
-        uncertain = torch.diag(_UNCERTAIN * known.diagonal() + 1e-300)
-        weights: Tensor = torch.linalg.solve(known + uncertain, products[past, call])
-        return weights
-
-    def _missed(self, weights: Tensor, call: int, past: Sequence[int], video: int) -> float:
-        """The square of the length of what weights miss."""
-        products = self._products[video]
-        crossed = weights @ products[past, call]
-        missed = products[call, call] - 2 * crossed + weights @ products[past][:, past] @ weights
-        return float(missed.clamp(min=0.0))

@@ -15,6 +15,7 @@ Shapes: B batch, C latent channels, T H W latent frames and size.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -265,4 +266,6 @@ def _why_nothing(calibration: Calibration, tolerance: float) -> str:
     if not costs:
         return f"a video takes {count} evaluations only, and the first {WARM_UP} are always made. Nothing is reused."
     least = SAFETY * min(costs)
+    if not math.isfinite(least):
+        return "the denoiser returned numbers that are not finite. Nothing is reused."
     return f"no output can be foreseen within the tolerance of {tolerance:g}; it would have to be {least:.2g} at least."
