@@ -158,8 +158,9 @@ def solvers(config: Path) -> dict[str, float]:
     """Euler with 20 steps against second-order solvers with 10, on 160 samples each."""
     kinds = captions()
     facts: dict[str, float] = {}
-    for solver, steps in (("euler", 20), ("euler", 10), ("dpm++2m", 10), ("unipc", 10), ("heun", 10)):
-        pipeline = load(config, scheduler={"solver": solver, "num_sampling_steps": steps})
+    for solver, steps, shift in (("euler", 20, 1.0), ("euler", 10, 1.0), ("dpm++2m", 10, 1.0), ("unipc", 10, 2.0)):
+        options = {"solver": solver, "num_sampling_steps": steps, "sampling_shift": shift}
+        pipeline = load(config, scheduler=options)
         videos = frames_of(pipeline, [caption for _, _, caption in kinds for _ in range(4)])
         wanted = [kind[:2] for kind in kinds for _ in range(4)]
         facts |= prefixed(f"rflow, {solver}, {steps} steps", graded(videos, wanted))

@@ -33,10 +33,13 @@ DOCS = ROOT / "docs"
 EXAMPLE = DOCS / "example-plugin"
 RUN_PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("tutorial", "plugins", "configuration", "runs", "sampling", "prompts", "prompters")),
     *(
         f"docs/{name}.md"
-        for name in ("models", "weights", "autoencoders", "text-encoders", "data", "open-sora-configs")
+        for name in ("tutorial", "plugins", "configuration", "runs", "sampling", "prompts", "prompters", "schedulers")
+    ),
+    *(
+        f"docs/{name}.md"
+        for name in ("step-caches", "models", "weights", "autoencoders", "text-encoders", "data", "open-sora-configs")
     ),
 ]
 ALL_PAGES = [
