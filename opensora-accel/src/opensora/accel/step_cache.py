@@ -2,12 +2,12 @@
 
     hooks = [dict(type="step-cache", tolerance=0.05)]
 
-The cache first samples one video in full and a few times in part (see `opensora.accel._calibrating`). From that it knows how
-each output follows from earlier ones, how wrong that is, and what an error there does to the result. Then, for each video and
-each call: the expected error of foreseeing is the calibrated one, times how much worse than calibrated this video's last
-foresight was, which is seen whenever an output is evaluated. An output is foreseen if this is small enough, and if all that a
-video has been given so far stays within the budget, the tolerance over a factor of safety. Each video is decided about by
-itself, so that its result doesn't depend on its batch.
+The cache first samples a video in full, from two noises, and then in part (see `opensora.accel._calibrating`). From that it
+knows how each output follows from earlier ones, how wrong that is, and what an error there does to the result. Then, for each
+video and each call: the expected error of foreseeing is the calibrated one, times how much worse than calibrated this video's
+last foresight was, which is seen whenever an output is evaluated. An output is foreseen if this is small enough, if all that
+the video has been given so far stays within the budget, which is the tolerance over a factor of safety, and if it is not long
+since the last evaluation. Each video is decided about by itself, so that its result doesn't depend on its batch.
 
 Shapes: B batch, C latent channels, T H W latent frames and size.
 """
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 SAFETY = 2.5
 """How many times smaller than the tolerance the expected error is kept. What the same error in an output does to the result
-differs from video to video, for one in twenty by more than a factor of 2, and calibrated is on one video."""
+differs from video to video, for one in twenty by more than a factor of 2, and calibrated is on two."""
 
 
 def _absolute(path: str | None) -> str | None:
@@ -64,7 +64,7 @@ class StepCacheSpec:
     that the eye hardly sees; 0.02 spares less, 0.1 more. At least 95 of 100 videos keep it."""
     calibration: str | None = field(default=None, converter=_absolute)
     """File (.json) that the calibration is read from, and written to where it lacks this kind of video. None: each run
-    calibrates anew, which costs about 3.5 videos."""
+    calibrates anew, which costs the evaluations of about 4 videos."""
 
 
 class StepCache:
