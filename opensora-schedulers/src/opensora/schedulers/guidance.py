@@ -58,8 +58,8 @@ class GuidanceSpec:
     cfg_channel: int | None = field(default=None, validator=optional(gt(0)))
     """How many leading channels are guided; None: all of the latents'. Open-Sora 1.0 and its configs use 3 of 4."""
     cfg_interval: tuple[float, float] | None = field(default=None, validator=_check_interval)
-    """Guide between these shares of num_timesteps only, 0 being data, 1 noise: (0.2, 0.8). Outside it a step takes half the
-    time. Guidance at high noise costs variety, at low noise it does little. None: always."""
+    """Guide between these shares of num_timesteps only, 0 being data, 1 noise: (0.2, 0.8). Other steps take half the time. At
+    low noise guidance overdoes more than it decides; at high noise it costs variety. None: always."""
     cfg_rescale: float = field(default=0.0, validator=[ge(0), le(1)])
     """Against overexposed results of a high cfg_scale: how far the guided prediction is scaled back to the spread of the
     conditional one. 0 is off, 0.7 usual, 1 all the way."""

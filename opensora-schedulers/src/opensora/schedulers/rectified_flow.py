@@ -43,7 +43,8 @@ class RectifiedFlowSpec(GuidanceSpec):
     eta: float = field(default=1.0, validator=and_(ge(0), le(1)))
     """How much noise euler-ancestral and dpm++2m-sde add: 0 is none."""
     sampling_shift: float = field(default=1.0, validator=gt(0))
-    """Above 1, sampling takes shorter steps at high noise and longer ones near the data. With 10 steps, 2 or 3 is better."""
+    """Above 1, sampling takes shorter steps at high noise and longer ones near the data. 2 or 3 is better with few steps if
+    most is decided at high noise."""
     num_timesteps: int = field(default=1000, validator=gt(0))
     """Scale of the timesteps that the denoiser is told. Pretrained models want 1000."""
     use_discrete_timesteps: bool = False
