@@ -213,3 +213,18 @@ def test_a_model_without_such_attention_is_refused_by_broadcast(
     write_config(tmp_path / "config.py", changed, "A test's config.")
     assert main([str(tmp_path / "config.py"), "--save-dir", str(tmp_path / "samples")]) == 2
     assert "pyramid-broadcast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["STDiT", "STDiT2", "STDiT3", "LatteT2V"])
+def test_pyramid_broadcast_finds_the_attention_of_the_whole_family(
+    values: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    model = {"type": name, "hidden_size": 48, "depth": 2, "num_heads": 2, "patch_size": (1, 4, 4), "pred_sigma": False}
+    write_config(tmp_path / "config.py", {**values, "model": model}, "A test's config.")
+    sampling = load(tmp_path / "config.py", hooks=[{**BROADCAST, "window": (0.0, 1.0)}])
+    sampling.start("a").finish()
+    (hook,) = (each.plugin for each in sampling.sampler.hooks.denoising_step.get_hookimpls())
+    per_step = {axis: hook.computed[axis] + hook.reused[axis] for axis in hook.computed}
+    crossed = 4 if name == "STDiT3" else 2  # its temporal blocks attend to the text too
+    assert per_step == {"spatial": 2 * STEPS, "temporal": 2 * STEPS, "cross": crossed * STEPS}
+    assert hook.reused["cross"] > hook.reused["spatial"] > 0
