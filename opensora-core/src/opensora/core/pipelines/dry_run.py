@@ -21,7 +21,7 @@ from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Dataset, Size
 from opensora.core.reference_latents import Overlap
-from opensora.core.requests import Request
+from opensora.core.requests import EndlessRequests, Request
 
 __all__ = ["declared_size", "describe_memory", "describe_sampling", "describe_training", "measure", "meta_inputs"]
 
@@ -136,13 +136,20 @@ def describe_sampling(spec: SampleSpec, requests: Sequence[Request]) -> str:
     kind = "images" if first.size[0] == 1 else "videos"
     return "\n".join(
         [
-            f"samples      {len(requests):,} {kind}",
+            f"samples      {len(requests):,} {kind} of {_count_prompts(requests)}",
             *_describe_parts(spec, parts, first.size),
             *_describe_rounds(spec, parts, first),
             f"memory       weights {weights / _GIB:.2f} GiB, without VAE, text encoder and activations",
             f"compute      {flops / 1e12:.3f} TFLOP a denoiser call of {spec.batch_size}, guidance not counted",
         ]
     )
+
+
+def _count_prompts(requests: Sequence[Request]) -> str:
+    if isinstance(requests, EndlessRequests):
+        return "one prompt"
+    count = len({request.prompt for request in requests})
+    return f"{count:,} prompt{'s' if count > 1 else ''}"
 
 
 def _describe_rounds(spec: SampleSpec, parts: Parts, first: Request) -> list[str]:
