@@ -3,9 +3,9 @@
     python benchmarks/solvers.py [RUN_FOLDER [SEEDS]]
 
 First on data whose best denoiser is known: a mixture of 5 normals in 8 dimensions, as a flow and as a diffusion process.
-Then, if RUN_FOLDER is that of `opensora-run quickstart`, on its model: 40 captions with SEEDS (10) seeds each, the distance of the
-latents to those of 50 steps of Heun, and the grades. Distances are root mean squares, where the data's deviation from 0 is
-about 1. The model takes about a quarter of an hour on an idle CPU.
+Then, if RUN_FOLDER is that of `opensora-run quickstart`, on its model: 40 captions with SEEDS (10) seeds each, the distance
+of the latents to those of 50 steps of Heun, and the grades. Distances are root mean squares, where the data's deviation from
+0 is about 1. The model takes about a quarter of an hour on an idle CPU.
 """
 
 from __future__ import annotations
