@@ -179,3 +179,51 @@ def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out.startswith("opensora-core 0.")
+
+
+COMMAND = """
+class Greet:
+    summary = "say hello"
+    def add_arguments(self, parser):
+        parser.add_argument("name")
+    def run(self, options):
+        print(f"hello {options.name}")
+        return 3
+"""
+
+
+def test_a_distribution_can_bring_a_command(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = {"greet": "greeting:Greet", "broken": "greeting.gone:Gone"}
+    install("greeting-plugin", {"opensora.commands": entries}, {"greeting.py": COMMAND})
+    assert run(capsys, "greet", "you") == (3, "hello you\n", "")
+    for arguments, said in (
+        (["--help"], "of greeting-plugin: opensora greet --help"),
+        (["greet", "--help"], "Say hello."),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["greet"], "name is missing; it goes before the flags"),
+        (["broken"], 'The command "broken" can\'t be loaded'),
+        (["formless"], "it must be a class with methods `add_arguments` and `run`"),
+        (["plugins"], 'greeting-plugin brings a command "plugins" too. Uninstall it'),
+        (["twice"], 'Two distributions have a command named "twice"'),
+    ],
+    ids=["its own mistakes", "broken", "no command", "of core's name", "of two"],
+)
+def test_a_command_that_cannot_be_had(
+    install: Install, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    entries = dict.fromkeys(("greet", "plugins", "twice"), "greeting:Greet")
+    others = {"broken": "greeting.gone:Gone", "formless": "builtins:dict"}
+    install("greeting-plugin", {"opensora.commands": entries | others}, {"greeting.py": COMMAND})
+    install("second-plugin", {"opensora.commands": {"twice": "greeting:Greet"}}, {})
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert message in err
+    assert run(capsys, "configs")[0] == 0  # nothing else is broken by it

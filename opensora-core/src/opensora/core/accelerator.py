@@ -142,6 +142,16 @@ class Accelerator:
         """Whether this process writes the files and talks."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Whose samples this process works on, of ``data_world_size``: several processes may share theirs."""
+        return self.rank
+
+    @property
+    def data_world_size(self) -> int:
+        """How many shares the samples are dealt out in."""
+        return self.world_size
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of ``value`` over processes."""
         return value

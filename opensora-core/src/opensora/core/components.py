@@ -14,7 +14,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata, resources
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,6 +54,7 @@ KINDS: Mapping[str, str] = {
     "pipelines": "pipeline",
     "configs": "config folder",
     "hooks": "hook",
+    "commands": "command",
 }
 """Kinds of components: the last part of the entry-point group, and what messages call one of them."""
 
@@ -130,11 +131,21 @@ def load(kind: str, name: str) -> Any:
         raise ComponentError(
             f'The {KINDS[kind]} "{name}" can\'t be loaded ({where}): {cause}. Mend or uninstall {component.distribution}.'
         ) from error
-    has_spec = kind == "attention" or attrs.has(getattr(loaded, "Spec", object))
-    if not (callable(loaded) and has_spec):
-        wanted = "a function" if kind == "attention" else "a class with an attrs class `Spec`"
+    fits, wanted = _FORMS.get(kind, _FORMS[""])
+    if not (callable(loaded) and fits(loaded)):
         raise ComponentError(f'"{name}" is no {KINDS[kind]} ({where}): it must be {wanted}. See docs/plugins.md.')
     return loaded
+
+
+_FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "": (lambda loaded: attrs.has(getattr(loaded, "Spec", object)), "a class with an attrs class `Spec`"),
+    "attention": (callable, "a function"),
+    "commands": (
+        lambda loaded: callable(getattr(loaded, "add_arguments", None)) and callable(getattr(loaded, "run", None)),
+        "a class with methods `add_arguments` and `run`",
+    ),
+}
+"""What a component of a kind must be; the first for kinds that are not named."""
 
 
 def structure_spec(

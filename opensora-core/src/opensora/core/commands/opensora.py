@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = _parser()
+    parser = _parser(arguments)
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()
@@ -33,7 +33,7 @@ def _run(arguments: list[str]) -> int:
     return int(options.command(options))
 
 
-def _parser() -> Parser:
+def _parser(arguments: Sequence[str]) -> Parser:
     parser = Parser(prog="opensora", description="Video diffusion from installed pieces. To run one: opensora-run.")
     parser.add_argument("--version", action="version", version=f"opensora-core {metadata.version('opensora-core')}")
     parser.set_defaults(command=None)
@@ -52,7 +52,25 @@ def _parser() -> Parser:
         commands, "convert", _convert.run, "weights from one project's layout into another's", as_json=False
     )
     _convert.add_arguments(convert)
+    _add_installed(commands, arguments)
     return parser
+
+
+def _add_installed(commands: Any, arguments: Sequence[str]) -> None:
+    """The commands that distributions bring. Only the one that is called is imported, so that no other can break it."""
+    called = arguments[0] if arguments else None
+    own = set(commands.choices)
+    for one in components.available("commands"):
+        if one.name == called and one.name in own:
+            raise ComponentError(f'{one.distribution} brings a command "{one.name}" too. Uninstall it to have core\'s.')
+        if one.name == called:
+            command = components.load("commands", one.name)()
+            parser = _command(commands, one.name, command.run, command.summary, as_json=False)
+            command.add_arguments(parser)
+        elif one.name not in commands.choices:
+            commands.add_parser(one.name, help=f"of {one.distribution}: opensora {one.name} --help", add_help=False)
+    if called not in commands.choices and components.install_hint("commands", str(called)):
+        components.find("commands", str(called))  # says which package to install
 
 
 def _command(commands: Any, name: str, function: Any, summary: str, *, as_json: bool = True) -> argparse.ArgumentParser:

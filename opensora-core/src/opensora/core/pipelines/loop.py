@@ -238,11 +238,11 @@ def read_together(run: LoopRun, batches: Iterator[Batch]) -> list[Batch]:
 
 
 def seed_layers(run: LoopRun) -> None:
-    """Make what layers draw in this step (stochastic depth) depend on the seed, the step and the process alone.
+    """Make what layers draw in this step (stochastic depth) depend on the seed, the step and the share of the samples alone.
 
     Not ``torch.manual_seed``: on a machine without GPUs that remembers each call, with its stack, for a GPU to come.
     """
-    seed = generator_for(run.spec.seed, run.counters.step, run.accelerator.rank).initial_seed()
+    seed = generator_for(run.spec.seed, run.counters.step, run.accelerator.data_rank).initial_seed()
     torch.default_generator.manual_seed(seed)
     if run.accelerator.device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -59,7 +59,7 @@ class SampleRun:
 
     def iter_batches(self) -> Iterator[list[Request]]:
         """This process's batches; what is there already is left out if the config says so."""
-        mine = islice(self._wanted(), self.accelerator.rank, None, self.accelerator.world_size)
+        mine = islice(self._wanted(), self.accelerator.data_rank, None, self.accelerator.data_world_size)
         return iter_batches(mine, self.spec.batch_size)
 
     def start(self, requests: Sequence[Request]) -> Denoising:

@@ -177,8 +177,8 @@ def build_run(
     slicing = Slicing(
         batch_size=spec.batch_size,
         accumulation=spec.accumulation_steps,
-        world_size=accelerator.world_size,
-        rank=accelerator.rank,
+        world_size=accelerator.data_world_size,
+        rank=accelerator.data_rank,
     )
     order = order_of(spec, dataset)
     max_steps = count_steps(spec, order, slicing)

@@ -51,8 +51,8 @@ class TrainVAE(Training):
         slicing = Slicing(
             batch_size=spec.batch_size,
             accumulation=spec.accumulation_steps,
-            world_size=accelerator.world_size,
-            rank=accelerator.rank,
+            world_size=accelerator.data_world_size,
+            rank=accelerator.data_rank,
         )
         order = SampleOrder(len(dataset), spec.seed)
         max_steps = count_steps(spec, order, slicing)
