@@ -292,6 +292,7 @@ def test_a_reference_shorter_than_asked_is_said(
         (["--strength", 0.5], "without edit"),
         (["--format", "webm"], "webm"),
         (["--num-frames", "3s"], "3s"),
+        (["--resolution", "240p"], 'resolution "240p" alone is no size'),
     ],
     ids=lambda value: str(value[0])[2:] if isinstance(value, list) else "",
 )
@@ -467,6 +468,17 @@ def test_a_cut_prompt_is_reported_with_what_was_cut(sample: Sample, caplog: pyte
     (warning,) = [record.getMessage() for record in caplog.records if "are cut" in record.getMessage()]
     assert "9,985 of 10,000 words don't fit the text encoder's 16 tokens" in warning
     assert "word9999" in warning
+
+
+def test_a_size_that_the_autoencoder_does_not_fill_is_said_once(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vae = type(build("vaes", {"type": "identity"}))
+    monkeypatch.setattr(vae, "latent_size", lambda self, size: (size[0], size[1] // 8 * 8, size[2] // 8 * 8))
+    folder = sample("blocks", "--prompt", "a", "b", "--image-size", 18, 21)
+    assert frames_of(folder / "sample_0000.mp4").shape == (4, 16, 16, 3)
+    told = [record.getMessage() for record in caplog.records if "asked for" in record.getMessage()]
+    assert told == ["18 x 21 (height x width) was asked for; the autoencoder gives 16 x 16"]
 
 
 def test_prompters_rewrite_prompts(sample: Sample) -> None:

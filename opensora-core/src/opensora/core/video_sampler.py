@@ -8,6 +8,7 @@ Shapes: B batch, C latent channels, T H W frames and size in pixels, t h w in la
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from opensora.core.requests import Request
 from opensora.core.video import to_uint8
 
 __all__ = ["Clock", "Piece", "VideoSampler", "build_conditioning", "build_scheduler"]
+
+log = logging.getLogger(__name__)
 
 
 @define(eq=False)
@@ -98,6 +101,7 @@ class VideoSampler:
     """Builds schedulers with other numbers of steps."""
     clock: Clock = field(init=False)
     _schedulers: dict[int | None, Scheduler] = field(init=False)
+    _sizes_told: set[tuple[int, ...]] = field(factory=set, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.clock = Clock(self.accelerator.device)
@@ -132,6 +136,7 @@ class VideoSampler:
                             watch(state)
             tail, unseen, is_first = None, shared if round_ else 0, True
             for piece in self._iter_decode(denoising.latents, first.size[0]):
+                self._tell_size(first.size[1:], tuple(piece.shape[3:]))
                 if shared:
                     tail = piece if tail is None else torch.cat([tail, piece], dim=2)
                     tail = tail[:, :, -shared:].clone()
@@ -142,6 +147,12 @@ class VideoSampler:
                         frames = [to_uint8(row.cpu()) for row in fresh]
                     yield Piece(frames=frames, round=round_, is_first=is_first)
                     is_first = False
+
+    def _tell_size(self, asked: tuple[int, ...], given: tuple[int, ...]) -> None:
+        """Say so, once for each size, where the autoencoder's blocks don't fill what was asked for."""
+        if given != asked and asked not in self._sizes_told:
+            self._sizes_told.add(asked)
+            log.info("%d x %d (height x width) was asked for; the autoencoder gives %d x %d", *asked, *given)
 
     def scheduler_for(self, request: Request) -> Scheduler:
         """The run's scheduler, or one with the request's own number of steps.

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
+from rich.text import Text
 
 from opensora.core.hookspecs import hook
 
@@ -36,6 +38,21 @@ class ProgressSpec:
     """When sampling, a second bar over denoising steps."""
 
 
+def _fixed() -> Column:
+    """A column that stays whole in a narrow terminal, where the note beside it is cut."""
+    return Column(no_wrap=True)
+
+
+class _Note(TextColumn):
+    """A text that takes the room that is left, and one line."""
+
+    def render(self, task: Task) -> Text:
+        """The text, cut rather than wrapped."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 class Progress:
     """Bars on stderr, in the main process."""
 
@@ -44,13 +61,14 @@ class Progress:
     def __init__(self, spec: ProgressSpec) -> None:
         self.spec = spec
         self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", table_column=_fixed()),
+            BarColumn(12, table_column=_fixed()),
+            MofNCompleteColumn(table_column=_fixed()),
+            TimeElapsedColumn(table_column=_fixed()),
+            TextColumn("gone,", table_column=_fixed()),
+            TimeRemainingColumn(table_column=_fixed()),
+            TextColumn("left", table_column=_fixed()),
+            _Note("{task.fields[note]}", table_column=Column()),
             console=Console(file=sys.stderr),
             disable=not sys.stderr.isatty(),
         )
@@ -119,7 +137,7 @@ class Progress:
         if piece.is_first:
             self._decoded, self._round = 0, piece.round
         self._decoded += len(piece.frames[0])
-        self._show(1.0, f"decoding, {self._decoded} of {requests[0].size[0]} frames")
+        self._show(1.0, f"decoding, frame {self._decoded} of {requests[0].size[0]}")
         self._round = piece.round + 1
 
     def _show(self, share: float, note: str) -> None:
@@ -127,20 +145,27 @@ class Progress:
         if self._main is not None:
             rounds = self._batch[0].loop
             done = (min(self._round, rounds - 1) + share) / rounds * len(self._batch)
-            self._bar.update(self._main, completed=self._finished + done, note=f"{self._batch[0].path.name}: {note}")
+            self._tell(self._finished + done)
+            self._bar.update(self._main, completed=self._finished + done, note=f"{note}, {self._batch[0].path.name}")
 
     @hook
     def sample_saved(self, run: SampleRun, sample: SavedSample) -> None:
-        """Move the bar over videos; where there is no terminal, say from time to time how far it is."""
+        """Move the bar over videos."""
         if self._main is None:
             return
         self._finished += 1
         self._bar.update(self._main, completed=self._finished, note=sample.request.path.name)
+        self._tell(self._finished)
+
+    def _tell(self, done: float) -> None:
+        """Where there is no terminal, say from time to time how far it is. ``done``: videos, the begun one in part."""
         now = time.monotonic()
-        if self._bar.disable and now - self._told >= _SECONDS_BETWEEN_LINES and self._finished < self._total:
+        gone = now - self._begin
+        pause = max(_SECONDS_BETWEEN_LINES, gone / 20)  # so that long runs don't fill the log
+        if self._bar.disable and now - self._told >= pause and 0 < done < self._total:
             self._told = now
-            left = (now - self._begin) / self._finished * (self._total - self._finished)
-            log.info("%d of %d samples, about %.0f s left", self._finished, self._total, left)
+            left = gone / done * (self._total - done)
+            log.info("%d of %d samples, about %.0f s left", done, self._total, left)
 
     @hook
     def sample_end(self, run: SampleRun) -> None:

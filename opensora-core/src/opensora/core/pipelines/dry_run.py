@@ -133,7 +133,7 @@ def describe_sampling(spec: SampleSpec, requests: Sequence[Request]) -> str:
     flops, _ = _measure(parts, spec.batch_size, first.size, train=False)
     bytes_each = 2 if spec.dtype in ("bf16", "fp16") else 4
     weights = bytes_each * sum(each.numel() for each in parts.denoiser.parameters())
-    kind = "images" if first.size[0] == 1 else "videos"
+    kind = ("image" if first.size[0] == 1 else "video") + ("s" if len(requests) > 1 else "")
     return "\n".join(
         [
             f"samples      {len(requests):,} {kind} of {_count_prompts(requests)}",

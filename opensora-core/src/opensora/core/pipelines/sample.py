@@ -233,7 +233,7 @@ def encode_prompts(sampler: VideoSampler, spec: SampleSpec, prompts: Sequence[st
     count = len(set(prompts))
     if not count or not encoder.capacity:
         return
-    log.info("Encoding %d prompts", count)
+    log.info("Encoding %d prompt%s", count, "s" if count > 1 else "")
     if not encoder.remember(prompts):
         log.info(
             "The embeddings of %d prompts don't fit text_cache_gib = %g: the text encoder stays in memory",
@@ -282,7 +282,7 @@ def summarize(run: SampleRun, samples: Path, *, seconds: float) -> None:
     for report in reports:
         summary |= report
     write_atomically(run.folder / "summary.json", json.dumps(summary, indent=1))
-    listed = ", ".join(f"{name} {value:.1f} s" for name, value in phases.items())
+    listed = ", ".join(f"{name} {value:.1f} s" for name, value in phases.items() if value >= 0.05)
     skipped = f" ({left_out} were there already)" if left_out else ""
     log.info("%d of %d samples%s in %s: %s", saved, len(run.requests), skipped, samples, listed)
     if seams:

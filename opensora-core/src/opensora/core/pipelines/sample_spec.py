@@ -164,7 +164,9 @@ class SampleSpec(CompositionSpec):
             return frames, *image_size
         resolution, aspect_ratio = resolution or self.resolution, aspect_ratio or self.aspect_ratio
         if resolution is None or aspect_ratio is None:
-            raise ConfigError("The size is not set: give image_size = (height, width), or resolution and aspect_ratio.")
+            given = f'resolution "{resolution}" alone' if resolution else f'aspect_ratio "{aspect_ratio}" alone'
+            what = f"{given} is no size" if resolution or aspect_ratio else "The size is not set"
+            raise ConfigError(f"{what}: give image_size = (height, width), or resolution and aspect_ratio.")
         return frames, *find_image_size(resolution, aspect_ratio)
 
     @property
