@@ -8,6 +8,7 @@ config, the rows, the seed and the epoch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,30 @@ from opensora.core.protocols import Size
 from opensora.core.randomness import SampleKey, seed_for
 from opensora.core.sizes import RESOLUTIONS, nominal_pixels
 
-__all__ = ["Bucket", "Buckets", "EpochBatches"]
+__all__ = ["Bucket", "Buckets", "EpochBatches", "Fate", "shuffle_within_buckets"]
 
 Integers = npt.NDArray[np.int64]
 NO_BUCKET = -1
+_CHUNK = 1 << 18
+"""Rows that are looked at together: what is computed on the way takes memory, and fits the cache, for so many alone."""
 ENLARGED = 0.8
 """Clips with at least this share of a resolution's pixels are taken for it, and slightly enlarged."""
+
+
+class Fate(IntEnum):
+    """What becomes of a row; of several resolutions that turn it away, the highest counts: it came nearest there."""
+
+    TOO_SMALL = 0
+    """It has too few pixels."""
+    NO_IMAGES = 1
+    """It is an image, and where it is large enough there is no length 1."""
+    TOO_SHORT = 2
+    """Where it is large enough, it is not longer than the shortest length."""
+    TOO_LONG = 3
+    """It has a length of probability 0, which stops longer clips."""
+    TURNED_AWAY = 4
+    """The draws of this epoch were against it."""
+    USED = 5
 
 
 @frozen(kw_only=True)
@@ -122,7 +141,32 @@ class Buckets:
         Resolutions are tried from most to fewest pixels, lengths from longest to shortest. A row that is not accepted at a
         resolution goes on to the next, so that a length with probability 0 sends longer clips to smaller sizes.
         """
+        return self.explain(num_frames, height, width, frame_interval=frame_interval, seed=seed, epoch=epoch)[0]
+
+    def explain(
+        self, num_frames: Integers, height: Integers, width: Integers, *, frame_interval: int, seed: int, epoch: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]:
+        """As `assign`, and how far each row came: the highest `Fate` that any resolution had for it, int8 [rows]."""
         found = np.full(len(num_frames), NO_BUCKET, np.int32)
+        fates = np.full(len(num_frames), Fate.TOO_SMALL, np.int8)
+        for start in range(0, len(num_frames), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            columns = num_frames[part], height[part], width[part]
+            self._assign(*columns, found[part], fates[part], start, frame_interval, _Draw(seed, epoch))
+        return found, fates
+
+    def _assign(
+        self,
+        num_frames: Integers,
+        height: Integers,
+        width: Integers,
+        found: npt.NDArray[np.int32],
+        fates: npt.NDArray[np.int8],
+        offset: int,
+        frame_interval: int,
+        draw: _Draw,
+    ) -> None:
+        """Write the buckets and fates of some rows, of which the first is row ``offset`` of the table."""
         pixels = height * width
         for resolution in self._resolutions:
             rows = np.flatnonzero((found == NO_BUCKET) & (pixels >= ENLARGED * resolution.pixels))
@@ -132,13 +176,19 @@ class Buckets:
                 frames = num_frames[rows]
                 shortest = length.num_frames * frame_interval
                 fits = frames == 1 if length.num_frames == 1 else (frames > 1) & (frames > shortest)
-                draw = _Draw(seed, epoch, resolution.name, length.num_frames)
-                fits[fits] = draw.below("length", rows[fits], length.choose)
+                place = resolution.name, length.num_frames
+                chosen = draw.below("length", *place, rows[fits] + offset, length.choose)
+                if length.choose:  # with probability 0 it is as if it weren't there
+                    _raise(fates, rows[fits][~chosen], Fate.TURNED_AWAY)
+                fits[fits] = chosen
                 fitting = rows[fits]
-                taken = fitting[draw.below("resolution", fitting, length.accept)]
+                accepted = draw.below("resolution", *place, fitting + offset, length.accept)
+                taken = fitting[accepted]
                 found[taken] = length.first_bucket + _nearest(resolution.aspects, height[taken] / width[taken])
+                fates[taken] = Fate.USED
+                _raise(fates, fitting[~accepted], Fate.TURNED_AWAY if length.accept else Fate.TOO_LONG)
                 rows = rows[~fits]
-        return found
+            _raise(fates, rows, np.where(num_frames[rows] == 1, Fate.NO_IMAGES, Fate.TOO_SHORT).astype(np.int8))
 
     def in_use(self) -> Iterator[Bucket]:
         """The buckets that clips can fall into."""
@@ -152,7 +202,7 @@ class Buckets:
 class _Keys(Sequence[SampleKey]):
     """The keys of one batch, made when they are asked for: most batches belong to other processes."""
 
-    _rows: Integers
+    _rows: npt.NDArray[np.int32]
     _seed: int
     _epoch: int
     _size: Size
@@ -171,9 +221,7 @@ class EpochBatches(Sequence[Sequence[SampleKey]]):
         """``assigned`` is what `Buckets.assign` returns."""
         self._buckets, self._seed, self._epoch = buckets, seed, epoch
         generator = np.random.default_rng(seed_for("order of batches", seed, epoch))
-        rows = generator.permutation(np.flatnonzero(assigned != NO_BUCKET))
-        self._rows = rows[np.argsort(assigned[rows], kind="stable")]  # bucket after bucket, in random order within
-        counts = np.bincount(assigned[rows], minlength=len(buckets))
+        self._rows, counts = shuffle_within_buckets(assigned, len(buckets), generator)
         sizes = np.array([bucket.batch_size for bucket in buckets])
         batches = -(-counts // sizes)
         bucket_of = np.repeat(np.arange(len(buckets)), batches)
@@ -196,7 +244,26 @@ class EpochBatches(Sequence[Sequence[SampleKey]]):
     @property
     def num_samples(self) -> int:
         """Rows that are in a batch of this epoch."""
-        return len(self._rows)
+        return int((self._stop - self._start).sum())
+
+    def rows_before(self, index: int) -> npt.NDArray[np.int32]:
+        """The rows of the batches before that one, in their order."""
+        pieces = [self._rows[a:b] for a, b in zip(self._start[:index], self._stop[:index], strict=True)]
+        return np.concatenate([np.empty(0, np.int32), *pieces])
+
+
+def shuffle_within_buckets(
+    assigned: npt.NDArray[np.int32], num_buckets: int, generator: np.random.Generator
+) -> tuple[npt.NDArray[np.int32], Integers]:
+    """The rows that have a bucket, bucket after bucket and shuffled within each, and how many each bucket has."""
+    narrow = np.uint16 if num_buckets < 2**16 else np.uint32  # of 16 bits is sorted in one pass; NO_BUCKET comes last
+    order = np.argsort(assigned.astype(narrow), kind="stable")
+    counts = np.bincount(assigned[assigned != NO_BUCKET], minlength=num_buckets)
+    rows = order[: counts.sum()].astype(np.int32)
+    for piece in np.split(rows, np.cumsum(counts[:-1])):
+        if len(piece) > 1:
+            generator.shuffle(piece)
+    return rows, counts
 
 
 @frozen
@@ -205,18 +272,23 @@ class _Draw:
 
     seed: int
     epoch: int
-    resolution: str
-    num_frames: int
 
-    def below(self, name: str, rows: Integers, probability: float) -> npt.NDArray[np.bool_]:
+    def below(
+        self, name: str, resolution: str, num_frames: int, rows: Integers, probability: float
+    ) -> npt.NDArray[np.bool_]:
         """True with the given probability for each row."""
         if probability >= 1 or probability <= 0:
             return np.full(len(rows), probability >= 1)
-        key = seed_for(name, self.seed, self.epoch, self.resolution, self.num_frames)
+        key = seed_for(name, self.seed, self.epoch, resolution, num_frames)
         mixed = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)  # wraps around, as it should
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finalizer
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(probability * 2**64))
+
+
+def _raise(fates: npt.NDArray[np.int8], rows: Integers, fate: int | npt.NDArray[np.int8]) -> None:
+    """Note a fate for rows that have come less far."""
+    fates[rows] = np.maximum(fates[rows], fate)
 
 
 def _nearest(aspects: npt.NDArray[np.float64], ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
