@@ -85,6 +85,8 @@ class MachineError(UserError, RuntimeError):
 class NonFiniteLossError(UserError, ArithmeticError):
     """Training stopped because the loss stayed NaN or infinite."""
 
+    is_told_once = True
+
 
 class PeerError(UserError, RuntimeError):
     """Another process of the run could not go on; its own error says why."""

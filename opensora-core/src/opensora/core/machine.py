@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import subprocess
 import sys
 from functools import cache
 
-__all__ = ["probe_dtype"]
+__all__ = ["die_with_parent", "probe_dtype"]
 
 _TIMEOUT_S = 120
+_PR_SET_PDEATHSIG = 1
 _PROBE = """
 import sys
 import torch
@@ -21,6 +24,19 @@ torch.nn.functional.linear(rows, ones(96, 128)).sum().backward()
 image = torch.nn.functional.conv2d(ones(1, 8, 16, 16), ones(8, 8, 3, 3))
 assert rows.grad[0, 0].item() == 96 and image[0, 0, 0, 0].item() == 72, "wrong result"
 """
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends, however that ends.
+
+    Linux only; elsewhere the lock of the run folder keeps a resumed run from starting beside it.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @cache

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
-import sys
 from collections.abc import Sequence
 
 from opensora.core.errors import MachineError
 
-__all__ = ["die_with_launcher", "is_launched", "launch"]
-
-_PR_SET_PDEATHSIG = 1
+__all__ = ["is_launched", "launch"]
 
 
 def is_launched() -> bool:
     """Whether torchrun or the like has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def die_with_launcher() -> None:
-    """Let the kernel end this process if its launcher is killed: left alone, it would go on writing into the run folder.
-
-    Linux only; elsewhere the lock of the run folder keeps a resumed run from starting beside it.
-    """
-    if sys.platform != "linux":
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it was killed before we asked
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def launch(arguments: Sequence[str], *, nproc: int, port: int | None) -> int:

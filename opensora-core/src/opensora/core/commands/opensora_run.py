@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from opensora.core.commands._launch import die_with_launcher, is_launched, launch
+from opensora.core.commands._launch import is_launched, launch
 from opensora.core.commands._main import Parser, run_command, set_up_logging
 from opensora.core.config.evaluate import Config, evaluate
 from opensora.core.config.names import resolve
@@ -23,6 +23,7 @@ from opensora.core.config.overrides import (
     split_overrides,
 )
 from opensora.core.errors import ConfigError
+from opensora.core.machine import die_with_parent
 
 __all__ = ["load_config", "main"]
 
@@ -56,7 +57,7 @@ def _run(arguments: list[str]) -> int:
         raise ConfigError("--port is where several processes meet; it needs --nproc.")
     set_up_logging()
     if is_launched():
-        die_with_launcher()
+        die_with_parent()  # the launcher: left alone, we would go on writing into the run folder
     pipeline = compose(load_config(options, overrides))
     if options.dry_run:
         print(pipeline.dry_run())
