@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which don't r
     from opensora.core.randomness import Draws as Draws
     from opensora.core.randomness import SampleDraws as SampleDraws
     from opensora.core.randomness import SampleKey as SampleKey
+    from opensora.core.sequence import SequencePlan as SequencePlan
 
 _HOMES = {
     "components": ("Component", "available", "build", "find", "load", "preset"),
@@ -57,6 +58,7 @@ _HOMES = {
     "hookspecs": ("hook",),
     "protocols": ("Clip", "Dataset", "Denoiser", "SampleState", "Scheduler", "TextEncoder", "VideoAutoencoder"),
     "randomness": ("Draws", "SampleDraws", "SampleKey"),
+    "sequence": ("SequencePlan",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

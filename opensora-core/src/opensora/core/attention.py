@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Kernel", "attention", "sdpa", "use_kernel"]
+__all__ = ["Kernel", "attention", "current_kernel", "sdpa", "use_kernel"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(query, key, value, mask) -> output, shaped as in `attention`; a component of kind ``attention``."""
@@ -35,6 +35,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
         [B, H, N, D].
     """
     return _kernels[-1](query, key, value, mask)
+
+
+def current_kernel() -> Kernel:
+    """What computes attention now: for kernels that stand around another."""
+    return _kernels[-1]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.core.interop import Interop
 from opensora.core.protocols import Size
+from opensora.core.sequence import SequencePlan
 from opensora.models import _interop
 from opensora.models._key_maps import adapt_dit
 from opensora.models._layers.attention import SelfAttention
@@ -126,6 +127,7 @@ class DiT(nn.Module):
 
     Spec: ClassVar[type] = DiTSpec
     interop: ClassVar[Interop] = _interop.DIT
+    sequence_plan: ClassVar[SequencePlan] = SequencePlan(full=("blocks.*.attn",))
     title: ClassVar[str] = "DiT"
     """What messages call it."""
     pos_embed_spatial: Tensor

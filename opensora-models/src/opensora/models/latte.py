@@ -16,6 +16,7 @@ from torch import Tensor
 from opensora.core.components import preset
 from opensora.core.conditioning import Conditioning
 from opensora.core.interop import Interop
+from opensora.core.sequence import SequencePlan
 from opensora.models import _interop
 from opensora.models._layers.modulation import add_gated, modulated_norm
 from opensora.models._layers.patches import unpatchify
@@ -51,6 +52,7 @@ class Latte(DiT):
 
     title: ClassVar[str] = "Latte"
     interop: ClassVar[Interop] = _interop.LATTE
+    sequence_plan: ClassVar[SequencePlan] = SequencePlan(spatial=("blocks.*[02468].attn",))  # of every second block
 
     def build_block(self, index: int) -> LatteBlock:
         """Every second block is temporal."""
@@ -64,12 +66,11 @@ class Latte(DiT):
         """
         x = self.embed_frames(latents)  # [B, T, S, D]
         c = self.t_embedder(timestep) + self.embed_condition(conditioning)  # [B, D]
-        frames, tokens = x.shape[1:3]
         for index, block in enumerate(self.blocks):
             if index == 1:  # the first temporal block is the first to be told the order of frames
                 x = x + self.pos_embed_temporal[:, :, None]
             x = block(x, c)
-        x = self.final_layer(x.flatten(1, 2), c).unflatten(1, (frames, tokens))
+        x = self.final_layer(x, c)
         return unpatchify(x, self.patch_size, self.latent_size).float()
 
 

@@ -22,6 +22,7 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.core.interop import Interop
 from opensora.core.protocols import Size
+from opensora.core.sequence import SequencePlan
 from opensora.models import _interop
 from opensora.models._key_maps import adapt_pixart
 from opensora.models._layers.attention import CrossAttention, SelfAttention, attended_text
@@ -106,6 +107,9 @@ class LatteT2V(nn.Module):
 
     Spec: ClassVar[type] = LatteT2VSpec
     interop: ClassVar[Interop] = _interop.LATTE_T2V
+    sequence_plan: ClassVar[SequencePlan] = SequencePlan(
+        blocks=("spatial_blocks", "temporal_blocks"), spatial=("spatial_blocks.*.attn",)
+    )
     pos_embed: Tensor
     pos_embed_temporal: Tensor
 

@@ -23,6 +23,7 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError, ShapeError
 from opensora.core.interop import Interop
 from opensora.core.protocols import Size
+from opensora.core.sequence import SequencePlan
 from opensora.models import _interop
 from opensora.models._key_maps import adapt_pixart
 from opensora.models._layers.attention import CrossAttention, SelfAttention, attended_text
@@ -192,6 +193,11 @@ class PixArt(nn.Module):
         attn = SelfAttention(self.spec.hidden_size, self.spec.num_heads)
         return PixArtBlock(self.spec, attn=attn, drop_path=drop_path)
 
+    @property
+    def sequence_plan(self) -> SequencePlan:
+        """See `SequencePlan`."""
+        return SequencePlan(full=("blocks.*.attn",))
+
     def forward(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """See `opensora.core.protocols.Denoiser`: [B, C, T, H, W] and [B] -> [B, C or 2C, T, H, W] float32.
 
@@ -208,7 +214,7 @@ class PixArt(nn.Module):
         x = x.flatten(1, 2)  # [B, N, D]
         for block in self.blocks:
             x = block(x, text, text_mask, t_blocks, grid)
-        x = self.final_layer(torch.unflatten(x, 1, (frames, tokens)), t, t, _ALL_DENOISED)
+        x = self.final_layer(x[:, None], t, t, _ALL_DENOISED).reshape(len(x), frames, tokens, -1)
         return unpatchify(x, self.patch_size, latents.shape[2:]).float()
 
     def embed_timestep(self, timestep: Tensor, conditioning: Conditioning) -> Tensor:

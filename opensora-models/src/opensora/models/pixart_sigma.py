@@ -18,6 +18,7 @@ from opensora.core.components import preset
 from opensora.core.errors import ConfigError
 from opensora.core.interop import Interop
 from opensora.core.protocols import Size
+from opensora.core.sequence import SequencePlan
 from opensora.models import _interop
 from opensora.models._layers.attention import SelfAttention
 from opensora.models._layers.compressed_attention import CompressedAttention
@@ -107,6 +108,15 @@ class PixArtSigma(PixArt):
             )
             attn.check_grid(token_grid(self.latent_size, self.patch_size))
         return PixArtSigmaBlock(spec, attn=attn, drop_path=drop_path)
+
+    @property
+    def sequence_plan(self) -> SequencePlan:
+        """Compression needs all tokens of an image, so that whole images are dealt out for it, as frames are elsewhere."""
+        compressed, full = [], []
+        for index, block in enumerate(self.blocks):
+            kind = compressed if isinstance(block.attn, CompressedAttention) else full
+            kind.append(f"blocks.{index}.attn")
+        return SequencePlan(spatial=tuple(compressed), full=tuple(full))
 
 
 PixArtSigma_XL_2 = preset(

@@ -21,6 +21,7 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.core.interop import Interop
 from opensora.core.protocols import Size
+from opensora.core.sequence import SequencePlan
 from opensora.models import _interop
 from opensora.models._key_maps import adapt_stdit
 from opensora.models._layers.attention import CrossAttention, SelfAttention, attended_text
@@ -130,6 +131,7 @@ class STDiT(nn.Module):
 
     Spec: ClassVar[type] = STDiTSpec
     interop: ClassVar[Interop] = _interop.STDIT
+    sequence_plan: ClassVar[SequencePlan] = SequencePlan(spatial=("blocks.*.attn",))
     pos_embed: Tensor
     pos_embed_temporal: Tensor
 

@@ -20,6 +20,7 @@ from opensora.core.components import preset
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.core.interop import Interop
+from opensora.core.sequence import SequencePlan
 from opensora.models import _interop
 from opensora.models._key_maps import adapt_stdit
 from opensora.models._layers.attention import CrossAttention, SelfAttention, attended_text
@@ -136,6 +137,7 @@ class STDiT2(nn.Module):
 
     Spec: ClassVar[type] = STDiT2Spec
     interop: ClassVar[Interop] = _interop.STDIT2
+    sequence_plan: ClassVar[SequencePlan] = SequencePlan(spatial=("blocks.*.attn",))
 
     def __init__(self, spec: STDiT2Spec, *, latent_channels: int, text_width: int | None, text_length: int) -> None:
         """``text_width`` and ``text_length`` are those of the text encoder.

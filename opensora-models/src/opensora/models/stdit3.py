@@ -20,6 +20,7 @@ from opensora.core.components import preset
 from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError, ShapeError
 from opensora.core.interop import Interop
+from opensora.core.sequence import SequencePlan
 from opensora.models import _interop
 from opensora.models._key_maps import adapt_stdit3
 from opensora.models._layers.attention import CrossAttention, SelfAttention, attended_text
@@ -115,6 +116,9 @@ class STDiT3(nn.Module):
 
     Spec: ClassVar[type] = STDiT3Spec
     interop: ClassVar[Interop] = _interop.STDIT3
+    sequence_plan: ClassVar[SequencePlan] = SequencePlan(
+        blocks=("spatial_blocks", "temporal_blocks"), spatial=("spatial_blocks.*.attn",)
+    )
 
     def __init__(self, spec: STDiT3Spec, *, latent_channels: int, text_width: int | None, text_length: int) -> None:
         """``text_width`` and ``text_length`` are those of the text encoder.

@@ -20,8 +20,9 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """``x`` [B, N, D], ``c`` [B, D] -> [B, N, O]."""
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        """``x`` [B, ..., D], ``c`` [B, D] -> [B, ..., O]."""
+        modulation = self.adaLN_modulation(c)
+        shift, scale = modulation.reshape(len(x), *[1] * (x.dim() - 2), -1).chunk(2, dim=-1)
         return self.linear(modulated_norm(x, shift, scale))
 
 
