@@ -23,6 +23,7 @@ from opensora.core.protocols import Denoiser, SampleState
 from opensora.core.randomness import Draws
 from opensora.schedulers._frames import FramePlan, keep_given, load_mask, masked_mean, split_channels
 from opensora.schedulers.guidance import Guidance, GuidanceSpec, guide
+from opensora.schedulers.loss_weights import DIFFUSION_WEIGHTS, diffusion_weights
 from opensora.schedulers.noise_schedules import BETAS, NoiseSchedule, kept_steps, respaced_betas
 from opensora.schedulers.sampling import resume
 
@@ -43,6 +44,11 @@ class IDDPMSpec(GuidanceSpec):
     """Train on the full variational bound; wins over rescale_learned_sigmas."""
     rescale_learned_sigmas: bool = False
     """Weigh the bound, which teaches the variance, by N / 1000."""
+    loss_weighting: Literal["none", "min-snr"] = field(default="none", validator=in_(DIFFUSION_WEIGHTS))
+    """What each timestep counts in the error. min-snr: as the error of the clean latents would count, but no more than at
+    signal to noise ratio min_snr_gamma. The bound that teaches the variance is not weighted."""
+    min_snr_gamma: float = field(default=5.0, validator=gt(0))
+    """Of min-snr; 5 is usual."""
     predict_xstart: bool = False
     """The denoiser predicts clean latents instead of the noise."""
     learn_sigma: bool = True
@@ -59,6 +65,10 @@ class IDDPMSpec(GuidanceSpec):
             raise ConfigError(
                 f"num_sampling_steps={self.num_sampling_steps} and timestep_respacing={self.timestep_respacing!r} "
                 "exclude each other. Keep one of them."
+            )
+        if self.loss_weighting != "none" and self.use_kl:
+            raise ConfigError(
+                f'loss_weighting="{self.loss_weighting}" weighs the error, which use_kl=True has not. Drop one.'
             )
         if not self.kept_steps():
             raise ConfigError(f"timestep_respacing={self.timestep_respacing!r} keeps no step.")
@@ -94,6 +104,14 @@ class IDDPM:
         """[N] int64, what the denoiser is told at each step: the step's index before respacing."""
         self.schedule = NoiseSchedule.from_betas(respaced_betas(BETAS[spec.noise_schedule](spec.diffusion_steps), kept))
         self.num_timesteps = len(kept)
+        alphas_cumprod = self.schedule.alphas_cumprod
+        self.error_weights = diffusion_weights(
+            alphas_cumprod / (1 - alphas_cumprod),
+            spec.loss_weighting,
+            gamma=spec.min_snr_gamma,
+            predicts_clean=spec.predict_xstart,
+        )
+        """[N] float64: what the prediction's error counts at each step, see ``loss_weighting``."""
         self.adds_noise = spec.ddim_eta != 0
         """Whether steps draw fresh noise."""
 
@@ -147,7 +165,9 @@ class IDDPM:
 
         prediction, variance_values = split_channels(output, latents)
         target = latents if self.spec.predict_xstart else noise
-        mse = masked_mean((target - prediction).square(), mask)
+        mse = (
+            masked_mean((target - prediction).square(), mask) * self.error_weights.to(step.device, torch.float32)[step]
+        )
         if not self.spec.learn_sigma or variance_values is None:
             self._check_variance(variance_values)
             return {"loss": mse, "mse": mse}

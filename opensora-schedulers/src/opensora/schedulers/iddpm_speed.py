@@ -13,6 +13,7 @@ from attrs import frozen
 from torch import Tensor
 
 from opensora.core.conditioning import Conditioning
+from opensora.core.errors import ConfigError
 from opensora.core.protocols import Denoiser
 from opensora.core.randomness import Draws
 from opensora.schedulers.iddpm import IDDPM, IDDPMSpec
@@ -25,7 +26,14 @@ _SLOW, _FLAT = 1e-4, 5e-5
 
 @frozen(kw_only=True)
 class IDDPMSpeedSpec(IDDPMSpec):
-    """Options of `IDDPMSpeed`: those of `IDDPM`."""
+    """Options of `IDDPMSpeed`: those of `IDDPM`, whose ``loss_weighting`` would be a second weight of the error."""
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.loss_weighting != "none":
+            raise ConfigError(
+                f'loss_weighting="{self.loss_weighting}" is not for iddpm-speed, which has its own weights. Use iddpm.'
+            )
 
 
 class IDDPMSpeed(IDDPM):

@@ -23,6 +23,7 @@ from opensora.core.protocols import Denoiser, SampleState
 from opensora.core.randomness import Draws
 from opensora.schedulers._frames import keep_given, masked_mean, split_channels
 from opensora.schedulers.guidance import Guidance, GuidanceSpec, guide
+from opensora.schedulers.loss_weights import FLOW_WEIGHTS, flow_weights
 from opensora.schedulers.sampling import Sampler, from_velocity
 from opensora.schedulers.solvers import NOISY_SOLVERS, SOLVERS, Levels
 
@@ -59,6 +60,11 @@ class RectifiedFlowSpec(GuidanceSpec):
     """Mean of the normal behind logit-normal; above 0 means more noise."""
     scale: float = field(default=1.0, validator=gt(0))
     """Standard deviation of the normal behind logit-normal."""
+    loss_weighting: Literal["none", "min-snr", "cosmap"] = field(default="none", validator=in_(FLOW_WEIGHTS))
+    """What each timestep counts in the loss. min-snr: as the error of the clean latents would count, but no more than at
+    signal to noise ratio min_snr_gamma; cosmap: more in the middle, up to 1.27, and 0.64 at both ends."""
+    min_snr_gamma: float = field(default=5.0, validator=gt(0))
+    """Of min-snr; 5 is usual."""
     transform_scale: float = field(default=1.0, validator=gt(0))
     """Further factor of the timestep transform in training; above 1 means more noise. In sampling it is always 1."""
 
@@ -111,7 +117,7 @@ def published_latent_frames(num_frames: Tensor) -> Tensor:
 
 
 class RectifiedFlow:
-    """Rectified flow with classifier-free guidance and given frames. The loss is the velocity's mean squared error."""
+    """Rectified flow with classifier-free guidance and given frames. The loss is the velocity's weighted error, squared."""
 
     Spec = RectifiedFlowSpec
 
@@ -145,7 +151,13 @@ class RectifiedFlow:
         noise = draws.normal("noise", latents.shape[1:])
         noised = keep_given(self.add_noise(latents, noise, timestep), latents, conditioning.frame_mask)
         velocity, _ = split_channels(denoiser(noised, timestep, conditioning), latents)  # [B, C, T, H, W]
-        return masked_mean((velocity - (latents - noise)).square(), conditioning.frame_mask)
+        error = masked_mean((velocity - (latents - noise)).square(), conditioning.frame_mask)
+        return error * self.loss_weights(timestep)
+
+    def loss_weights(self, timestep: Tensor) -> Tensor:
+        """What the velocity's error counts at ``timestep`` [B], in [0, N]."""
+        u = timestep / self.num_timesteps
+        return flow_weights(u, self.spec.loss_weighting, gamma=self.spec.min_snr_gamma)
 
     def guide(self, denoiser: Denoiser) -> Guidance:
         """The denoiser under classifier-free guidance, see `Guidance`."""
