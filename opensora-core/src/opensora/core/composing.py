@@ -15,6 +15,8 @@ from attrs import frozen
 from torch import nn
 
 from opensora.core.accelerator import Accelerator, choose_device, choose_dtype
+from opensora.core.adapters import load_adapter
+from opensora.core.blocks import checkpoint_activations
 from opensora.core.components import available, build, construct, find, load, structure_spec
 from opensora.core.config.structure import ComponentConfig, structure, unstructure
 from opensora.core.errors import ConfigError, MachineError
@@ -145,6 +147,8 @@ def build_parts(
 class TextPlacement:
     """Where a text encoder computes: options of ``text_encoder`` that core takes from it, whichever it is."""
 
+    if weights["adapter"] and load_pretrained and not meta:
+        load_adapter(denoiser, Path(weights["adapter"]))
     device: str | None = None
     """As torch names it: "cpu" leaves the GPU's memory to the denoiser. None: that of the run."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
@@ -186,13 +190,13 @@ def split_options(
 
 
 def split_model_options(config: ComponentConfig) -> tuple[ComponentConfig, dict[str, Any]]:
-    """The model's own options, and those that core acts on: ``from_pretrained``, ``partial`` and ``grow``.
+    """The model's own options, and those that core acts on: ``from_pretrained``, ``adapter``, ``partial`` and ``grow``.
 
     Raises:
         ConfigError: One of the latter has the wrong type.
     """
     options = dict(config.options)
-    weights = {"from_pretrained": options.pop("from_pretrained", None)}
+    weights = {name: options.pop(name, None) for name in ("from_pretrained", "adapter")}
     weights |= {name: options.pop(name, False) for name in ("partial", "grow")}
     if not isinstance(weights["from_pretrained"], str | None):
         raise ConfigError(
@@ -210,6 +214,13 @@ def place(
     part: object, accelerator: Accelerator, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Move a part that isn't trained, if it is a module, to a device in a dtype; None is the accelerator's."""
+    if not isinstance(weights["adapter"], str | None):
+        raise ConfigError(f"model.adapter is {weights['adapter']!r}; it must be a run folder or checkpoint, or None.")
+    if weights["adapter"] and not weights["from_pretrained"]:
+        raise ConfigError(
+            "model.adapter needs model.from_pretrained, the weights that it was trained on. "
+            "Or give its run folder to from_pretrained: it knows them."
+        )
     if isinstance(part, nn.Module):
         accelerator.place(part, device=device, dtype=dtype)
 

@@ -19,6 +19,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
+from opensora.core.adapters import find_record
 from opensora.core.components import available, construct, load, structure_spec
 from opensora.core.config.structure import ComponentConfig, unstructure
 from opensora.core.errors import ConfigError, WeightsError, did_you_mean
@@ -26,7 +27,7 @@ from opensora.core.interop import Exported, Interop, ModelFacts
 from opensora.core.protocols import Size
 from opensora.core.weight_files import EXTRA, SUFFIXES, read_config, read_weights, unwrap
 from opensora.core.weight_sources import locate_weights
-from opensora.core.weights import check_config, interop_of, load_state
+from opensora.core.weights import check_config, interop_of, load_state, load_weights
 
 __all__ = ["Layout", "convert"]
 
@@ -90,6 +91,7 @@ def convert(
 def _read(source: str | Path, name: str | None, options: Mapping[str, Any], latent_size: Size | None) -> _Model:
     """Build the model that a source is of, and load it with the source's own tensors."""
     path = locate_weights(source, published=interop_of(load(*_component(name))).published if name else None)
+    given, path = path, base_of(path)
     config = read_config(path)
     name = name or config.get("type")
     if not isinstance(name, str):
@@ -117,8 +119,17 @@ def _read(source: str | Path, name: str | None, options: Mapping[str, Any], late
             text_length=facts.text_length,
         )
     check_config(module, config, source=str(source))
-    load_state(module, published, source=str(source), assign=True)
+    if given == path:
+        load_state(module, published, source=str(source), assign=True)
+    else:
+        load_weights(module, given, assign=True)  # with adapters folded in
     return _Model(type=name, options=unstructure(spec), facts=facts, module=module, interop=interop, kind=kind)
+
+
+def base_of(path: Path) -> Path:
+    """Where the weights are that adapters belong to, which may be adapters again; of other weights, where they are."""
+    record = find_record(path)
+    return path if record is None else base_of(locate_weights(record.base))
 
 
 def _component(name: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
+from opensora.core.adapters import find_record, load_adapter
 from opensora.core.errors import WeightsError
 from opensora.core.interop import Interop
 from opensora.core.weight_files import read_config, read_weights, unwrap
@@ -80,10 +81,10 @@ class LoadReport:
 def load_weights(
     module: nn.Module, source: str | Path, *, partial: bool = False, grow: bool = False, assign: bool = False
 ) -> LoadReport:
-    """Load weights into ``module`` and report.
+    """Load weights into ``module`` and report. Adapters (see `opensora.core.adapters`) are folded into those of their base.
 
     Args:
-        module: Changed as a whole or not at all.
+        module: Changed as a whole or not at all; where a base's adapters don't fit, it holds the base.
         source: See `locate_weights`.
         partial: Accept missing keys (they keep their initial values) and unexpected ones. Shapes must fit all the same.
         grow: The file is of a model with fewer blocks or narrower layers: see `grow_state`.
@@ -93,6 +94,10 @@ def load_weights(
         WeightsError: The source can't be read, or does not fit, or has nothing that fits; the module is then unchanged.
     """
     path = locate_weights(source, published=interop_of(type(module)).published)
+    if (record := find_record(path)) is not None:
+        report = load_weights(module, record.base, partial=record.partial, grow=record.grow, assign=assign)
+        load_adapter(module, path)
+        return report
     check_config(module, read_config(path), source=str(source))
     return load_state(module, unwrap(read_weights(path)), source=str(source), partial=partial, grow=grow, assign=assign)
 

@@ -11,6 +11,7 @@ from attrs import field, frozen
 from attrs.validators import and_, ge, lt
 from torch import Tensor, nn
 
+from opensora.core.adapters import kept
 from opensora.core.errors import CheckpointError
 from opensora.core.hookspecs import hook
 
@@ -61,8 +62,8 @@ class EMA:
 
     @hook
     def save_tensors(self, run: LoopRun) -> Mapping[str, Mapping[str, Tensor]]:
-        """The whole state dict, with averages in place of weights, so that it loads like any other."""
-        return {"ema": {**run.module.state_dict(), **self.averages}}
+        """What the checkpoint holds of the network, with averages in place of weights, so that it loads like any other."""
+        return {"ema": {**kept(run.module, run.module.state_dict()), **self.averages}}
 
     @hook
     def restore_tensors(self, run: LoopRun, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

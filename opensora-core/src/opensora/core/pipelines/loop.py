@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
@@ -17,18 +16,19 @@ from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from opensora.core.accelerator import Accelerator
+from opensora.core.adapters import adapter_state, kept, load_kept
 from opensora.core.checkpoints import Checkpoint, save_checkpoint
 from opensora.core.errors import NonFiniteLossError, PeerError, UserError
 from opensora.core.hooking import Hooks
 from opensora.core.hooks.ema import EMA
 from opensora.core.loading import Batch, Order, Place, Slicing, UnreadableFiles, iter_batches
-from opensora.core.optimization import learning_rate_factor
+from opensora.core.optimization import learning_rate_factor, restore_optimizer
 from opensora.core.pipelines.train_spec import LoopSpec
 from opensora.core.protocols import Dataset, Size
 from opensora.core.randomness import generator_for
 from opensora.core.stopping import Interrupted, StopRequest
 
-__all__ = ["Counters", "LoopRun", "Update", "restore_optimizer", "train"]
+__all__ = ["Counters", "LoopRun", "Update", "make_step", "read_together", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +146,9 @@ class LoopRun:
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on from this moment, besides what hooks add."""
         return Checkpoint(
-            tensors={"model": self.module.state_dict()},
+            tensors={"model": kept(self.module, self.module.state_dict())},
             optimizer={"optimizer": self.optimizer.state_dict(), "scaler": self.accelerator.scaler_state()},
-            state={"seed": self.spec.seed, **attrs.asdict(self.counters)},
+            state={"seed": self.spec.seed, **adapter_state(self.module), **attrs.asdict(self.counters)},
         )
 
     def restore(self, checkpoint: Checkpoint) -> Counters:
@@ -157,9 +157,9 @@ class LoopRun:
         Raises:
             KeyError, TypeError, RuntimeError, ValueError: It is of another model.
         """
-        state = {key: value for key, value in checkpoint.state.items() if key != "seed"}
+        state = {key: value for key, value in checkpoint.state.items() if key not in ("seed", "adapter")}
         counters = Counters(**{**state, "place": Place(**state["place"])})
-        self.module.load_state_dict(checkpoint.tensors["model"])
+        load_kept(self.module, checkpoint.tensors["model"], checkpoint.state.get("adapter"))
         restore_optimizer(self.optimizer, checkpoint.optimizer["optimizer"])
         self.accelerator.load_scaler_state(checkpoint.optimizer["scaler"])
         return counters
@@ -169,14 +169,6 @@ class LoopRun:
         if self.last_checkpoint is None or self.last_saved_step != self.counters.step:
             return self.save_checkpoint()
         return self.last_checkpoint
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state, but keep its options: the config's count, not the checkpoint's."""
-    options = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update(own)
 
 
 def train(run: LoopRun) -> None:
@@ -190,20 +182,30 @@ def train(run: LoopRun) -> None:
     """
     window = LogWindow(run)
     batches = run.iter_batches()
-    while run.counters.step < run.max_steps:
-        micro_batches = read_together(run, batches)
-        seed_layers(run)
-        losses = []
-        for index, batch in enumerate(micro_batches):
-            with run.accelerator.micro_step(last=index == len(micro_batches) - 1):
-                loss = run.loss(batch)
-                run.accelerator.backward(loss / len(micro_batches))
-            losses.append(loss.detach())
-        update = make_update(run, torch.stack(losses).mean())
-        window.add(update)
-        run.hooks.step_end(run=run, update=update)
-        check_finite(run, update, micro_batches)
-    run.ensure_saved()
+    first = run.counters.step
+    with Watchdog(run.spec.step_timeout_s) as run.watchdog:
+        while run.counters.step < run.max_steps:
+            run.watchdog.beat(f"step {run.counters.step + 1}", times=3 if run.counters.step == first else 1)
+            micro_batches = read_together(run, batches)
+            update = make_step(run, micro_batches)
+            window.add(update)
+            run.watchdog.beat(f"hooks after step {update.step}")
+            run.hooks.step_end(run=run, update=update)
+            check_finite(run, update, micro_batches)
+        run.ensure_saved()
+
+
+def make_step(run: LoopRun, micro_batches: list[Batch]) -> Update:
+    """One optimizer step on these micro-batches."""
+    seed_layers(run)
+    run.sample_losses.clear()
+    losses = []
+    for index, batch in enumerate(micro_batches):
+        with run.accelerator.micro_step(last=index == len(micro_batches) - 1):
+            loss = run.loss(batch)
+            run.accelerator.backward(loss / len(micro_batches))
+        losses.append(loss.detach())
+    return make_update(run, torch.stack(losses).mean())
 
 
 def read_together(run: LoopRun, batches: Iterator[Batch]) -> list[Batch]:

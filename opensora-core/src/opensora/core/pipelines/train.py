@@ -12,6 +12,7 @@ import attrs
 import torch
 
 from opensora.core.accelerator import Accelerator
+from opensora.core.adapters import find_record
 from opensora.core.attention import use_kernel
 from opensora.core.checkpoints import find_checkpoint, list_checkpoints, read_checkpoint, sweep
 from opensora.core.components import build, load
@@ -30,7 +31,7 @@ from opensora.core.errors import CheckpointError, ConfigError, DataError
 from opensora.core.frame_masks import check_mask_ratios
 from opensora.core.hooking import build_hooks
 from opensora.core.loading import BatchOrder, Order, SampleOrder, Slicing, UnreadableFiles
-from opensora.core.optimization import build_adamw
+from opensora.core.optimization import build_optimizer, load_optimizer
 from opensora.core.pipelines.loop import Counters, LoopRun, train
 from opensora.core.pipelines.train_loop import TrainRun
 from opensora.core.pipelines.train_spec import LoopSpec, TrainSpec
@@ -40,6 +41,7 @@ from opensora.core.run_folder import held, logging_to, make_folder, new_run_fold
 from opensora.core.stopping import StopRequest, stopping_on_signals
 from opensora.core.text_cache import CachedTextEncoder
 
+from opensora.core.trainable import adapt
 if TYPE_CHECKING:
     from opensora.core.config.evaluate import Config
 
@@ -63,6 +65,8 @@ class Training:
         check_components(spec, config.locations)
         build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks)
         self.spec, self.config = spec, config
+        if spec.optimizer:
+            load_optimizer(spec.optimizer)
 
     def run(self) -> dict[str, Path]:
         """Train, and return where the results are; see `train` for what it raises."""
@@ -75,7 +79,8 @@ class Training:
                 stack.enter_context(held(folder))
                 stack.enter_context(logging_to(folder / "run.log"))
                 sweep(folder)
-            run = self.build_run(folder, accelerator, stop, load_pretrained=source is None)
+            needs_base = source is None or find_record(source) is not None  # a checkpoint of adapters is not all
+            run = self.build_run(folder, accelerator, stop, load_pretrained=needs_base)
             if source:
                 resume(run, source)
             if accelerator.is_main:  # not before: a config that does not fit must not replace the one that did
@@ -186,10 +191,16 @@ def build_run(
     text_device, text_dtype = choose_text_placement(spec.text_encoder, accelerator)
     torch.manual_seed(spec.seed)  # initial weights
     only_size = None if makes_batches(dataset) else size
-    parts = build_parts(spec, size_of=lambda: only_size, load_pretrained=load_pretrained)
-    if spec.grad_checkpoint:
-        log.info("Activation checkpointing of %d blocks", checkpoint_activations(parts.denoiser))
-    hooks.denoiser_built(denoiser=parts.denoiser, spec=spec)
+    features = open_features(spec, accelerator) if spec.features else None
+    parts = build_parts(
+        spec,
+        size_of=lambda: only_size,
+        load_pretrained=load_pretrained,
+        vae=features and features.vae,
+        text_encoder=features and features.text_encoder,
+    )
+    change_blocks(parts.denoiser, spec)
+    adapt(parts.denoiser, hooks, spec)
     predict = wrap(accelerator.prepare(parts.denoiser.train()), hooks, spec)
     place(parts.vae, accelerator)
     place(parts.text_encoder, accelerator, text_device, text_dtype)
@@ -216,10 +227,9 @@ def build_run(
         module=parts.denoiser,
         predict=predict,
         parameters=parameters,
-        optimizer=build_adamw(
-            parameters, lr=spec.lr, betas=spec.adam_betas, eps=spec.adam_eps, weight_decay=spec.weight_decay
-        ),
-        dataset=dataset,
+        optimizer=build_optimizer(parameters, spec),
+        dataset=features.dataset(dataset, hint=extract_hint(folder)) if features else dataset,
+        features=features,
         order=order,
         slicing=slicing,
         clip_size=size,

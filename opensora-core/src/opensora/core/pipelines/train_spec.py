@@ -6,7 +6,7 @@ import os
 from typing import Any, Literal
 
 from attrs import field, frozen
-from attrs.validators import and_, ge, gt, le, lt, optional
+from attrs.validators import and_, ge, gt, le, lt, min_len, optional
 
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import ConfigError
@@ -47,11 +47,14 @@ class LoopSpec(RunSpec):
 
     # ---- optimization
     lr: float = field(default=1e-4, validator=gt(0))
-    """AdamW's learning rate, after warm-up."""
+    """The optimizer's learning rate, after warm-up."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up: stay, or fall to 0 at the last step."""
     warmup_steps: int | None = field(default=None, validator=optional(ge(0)))
     """Steps over which the learning rate rises."""
+    optimizer: ComponentConfig | None = None
+    """None: AdamW. Else dict(type="torch.optim.SGD", momentum=0.9): the import path of a class, and its options but lr.
+    weight_decay is passed on, if it knows that."""
     weight_decay: float = field(default=0.0, validator=ge(0))
     """AdamW's."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -107,6 +110,26 @@ class TrainSpec(LoopSpec, CompositionSpec):
     """{resolution: {frames: (probability, batch size)}}, for datasets whose clips differ in size; goes before batch_size."""
     mask_ratios: dict[str, float] | None = None
     """Share of samples by frame mask (see `opensora.core.frame_masks`): which frames are given instead of noised."""
+@frozen(kw_only=True)
+class FeaturesSpec:
+    """Latents and embeddings of captions that are computed once and kept in a folder."""
+
+    folder: str = field(validator=min_len(1))
+    """Where they are; runs and processes may share it."""
+    max_gib: float | None = field(default=None, validator=optional(gt(0)))
+    """Of the folder: what was unused for longest goes. None: no limit."""
+    fill: bool = True
+    """Compute and keep what is missing. False: only read the folder, and stop at the first feature that is missing."""
+    video: bool = True
+    """Keep latents."""
+    text: bool = True
+    """Keep embeddings of captions."""
+
+    def __attrs_post_init__(self) -> None:
+        if not (self.video or self.text):
+            raise ConfigError("features: video and text are both False, so nothing is kept. Leave features out.")
+
+
     text_cache_gib: float = field(default=1.0, validator=ge(0))
     """Memory on the CPU, in each process, for embeddings of captions. If those of all samples fit, each caption is encoded
     once; otherwise batch by batch, and nothing is kept."""
@@ -114,6 +137,13 @@ class TrainSpec(LoopSpec, CompositionSpec):
     """Steps between previews; 0 is never."""
     preview_prompts: list[str] = field(factory=list)
     """What the previews show; empty: the first captions of the data."""
+    compile: bool = False
+    """Compile each block by torch.compile: slower to start, by seconds to minutes for each new size, faster after."""
+    offload: bool = False
+    """Keep activations in the CPU's memory between forward and backward: GPU memory for time on the bus."""
+    trainable: list[str] | None = field(default=None, validator=optional(min_len(1)))
+    """Train these parts alone: regular expressions, each of which must match the whole name of a parameter, or of a module that
+    it is in, such as temporal_blocks or .*attn.*. None: all that the model doesn't freeze. The hook lora adds its adapters."""
 
     def default_hooks(self) -> list[ComponentConfig]:
         """See `LoopSpec.default_hooks`."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from opensora.core.checkpoints import Checkpoint
 from opensora.core.errors import CheckpointError
 from opensora.core.loading import Batch, stand_in
-from opensora.core.pipelines.loop import Counters, LoopRun, restore_optimizer
+from opensora.core.optimization import restore_optimizer
+from opensora.core.pipelines.loop import Counters, LoopRun
 from opensora.models.vae.discriminators import Discriminator
 from opensora.models.vae.losses import DiscriminatorLoss, GeneratorLoss, LeCamEMA
 from opensora.models.vae.training.learner import Learned, VAELearner, choose_length

@@ -18,7 +18,7 @@ from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import ConfigError
 from opensora.core.hooking import build_hooks
 from opensora.core.loading import SampleOrder, Slicing, UnreadableFiles
-from opensora.core.optimization import build_adamw
+from opensora.core.optimization import build_optimizer
 from opensora.core.pipelines.train import Training, clip_size, count_steps, makes_batches, new_listing
 from opensora.core.protocols import Dataset, Size
 from opensora.core.stopping import StopRequest
@@ -88,9 +88,7 @@ class TrainVAE(Training):
             last_layer=learner.vae.temporal_last_layer,
             adversary=adversary,
             parameters=parameters,
-            optimizer=build_adamw(
-                parameters, lr=spec.lr, betas=spec.adam_betas, eps=spec.adam_eps, weight_decay=spec.weight_decay
-            ),
+            optimizer=build_optimizer(parameters, spec),
             dataset=dataset,
             order=order,
             slicing=slicing,
@@ -193,9 +191,7 @@ def build_adversary(
         discriminator=discriminator,
         judge=accelerator.predictor(discriminator.judge),
         contest=contest,
-        optimizer=build_adamw(
-            parameters, lr=spec.lr, betas=spec.adam_betas, eps=spec.adam_eps, weight_decay=spec.weight_decay
-        ),
+        optimizer=build_optimizer(parameters, spec),
         loss=DiscriminatorLoss(
             discriminator_factor=spec.discriminator_factor,
             discriminator_start=spec.discriminator_start,
