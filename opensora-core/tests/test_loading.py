@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora.core import Clip, DataError, MachineError, SampleKey, ShapeError
-from opensora.core.loading import Batch, BatchOrder, Place, SampleOrder, Slicing, UnreadableFiles, iter_batches
+from opensora.core.loading import Batch, UnreadableFiles, iter_batches
+from opensora.core.orders import BatchOrder, Place, SampleOrder, Slicing
 
 # ---- order
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opensora.core import ConfigError, DataError, SampleKey
-from opensora.core.loading import OwnBatches
+from opensora.core.orders import OwnBatches
 from opensora.core.video import write_image, write_video
 from opensora.data.variable_video_text import VariableVideoTextDataset, VariableVideoTextSpec
 

@@ -8,7 +8,7 @@ import torch
 from opensora.core import ConfigError
 from opensora.core.accelerator import Single, SingleSpec
 from opensora.core.config.structure import structure
-from opensora.core.loading import Place, Slicing
+from opensora.core.orders import Place, Slicing
 from opensora.core.similarity import psnr, ssim
 from opensora.models.vae.posterior import Posterior
 from opensora.models.vae.training import measures as measuring

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL
 from opensora.core import ConfigError, ShapeError, WeightsError
 from opensora.core.accelerator import Single, SingleSpec
 from opensora.core.config.structure import structure
-from opensora.core.loading import Batch, Slicing
+from opensora.core.loading import Batch
+from opensora.core.orders import Slicing
 from opensora.core.pipelines.loop import Counters
 from opensora.core.randomness import SampleDraws, SampleKey
 from opensora.models.vae.lpips import LPIPS

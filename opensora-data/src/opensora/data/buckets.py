@@ -20,10 +20,21 @@ from opensora.core.protocols import Size
 from opensora.core.randomness import SampleKey, seed_for
 from opensora.core.sizes import RESOLUTIONS, nominal_pixels
 
-__all__ = ["Bucket", "Buckets", "EpochBatches", "Fate", "shuffle_within_buckets"]
+__all__ = [
+    "ENLARGED",
+    "NO_BUCKET",
+    "Bucket",
+    "Buckets",
+    "EpochBatches",
+    "Fate",
+    "Length",
+    "Resolution",
+    "shuffle_within_buckets",
+]
 
 Integers = npt.NDArray[np.int64]
 NO_BUCKET = -1
+"""In place of a bucket's number."""
 _CHUNK = 1 << 18
 """Rows that are looked at together: what is computed on the way takes memory, and fits the cache, for so many alone."""
 ENLARGED = 0.8
@@ -64,7 +75,7 @@ class Bucket:
 
 
 @frozen(kw_only=True)
-class _Length:
+class Length:
     """One length at one resolution."""
 
     num_frames: int
@@ -77,10 +88,12 @@ class _Length:
 
 
 @frozen
-class _Resolution:
+class Resolution:
+    """A resolution of a config."""
+
     name: str
     pixels: int
-    lengths: Sequence[_Length]
+    lengths: Sequence[Length]
     """Longest first."""
     aspects: npt.NDArray[np.float64]
     """Height / width of each aspect key."""
@@ -91,7 +104,8 @@ class Buckets:
     """All buckets of a config, and the rule by which clips fall into them."""
 
     buckets: Sequence[Bucket]
-    _resolutions: Sequence[_Resolution] = field(repr=False)
+    resolutions: Sequence[Resolution] = field(repr=False)
+    """In the order in which they are tried: most pixels first."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Mapping[int | str, Any]]) -> Buckets:
@@ -117,7 +131,7 @@ class Buckets:
             entries = {_frames(name, frames): value for frames, value in config[name].items()}
             for frames in sorted(entries, reverse=True):
                 accept, choose, batch_size = _probabilities(name, frames, entries[frames])
-                lengths.append(_Length(num_frames=frames, accept=accept, choose=choose, first_bucket=len(buckets)))
+                lengths.append(Length(num_frames=frames, accept=accept, choose=choose, first_bucket=len(buckets)))
                 buckets += [
                     Bucket(
                         resolution=name,
@@ -130,7 +144,7 @@ class Buckets:
                     for key, (height, width) in sizes.items()
                 ]
             aspects = np.array([float(key) for key in sizes])
-            resolutions.append(_Resolution(name, nominal_pixels(name), lengths, aspects))
+            resolutions.append(Resolution(name, nominal_pixels(name), lengths, aspects))
         return cls(buckets, resolutions)
 
     def assign(
@@ -168,7 +182,7 @@ class Buckets:
     ) -> None:
         """Write the buckets and fates of some rows, of which the first is row ``offset`` of the table."""
         pixels = height * width
-        for resolution in self._resolutions:
+        for resolution in self.resolutions:
             rows = np.flatnonzero((found == NO_BUCKET) & (pixels >= ENLARGED * resolution.pixels))
             for length in resolution.lengths:
                 if not len(rows):
@@ -192,7 +206,7 @@ class Buckets:
 
     def in_use(self) -> Iterator[Bucket]:
         """The buckets that clips can fall into."""
-        for resolution in self._resolutions:
+        for resolution in self.resolutions:
             for length in resolution.lengths:
                 if length.accept and length.choose:
                     yield from self.buckets[length.first_bucket : length.first_bucket + len(resolution.aspects)]

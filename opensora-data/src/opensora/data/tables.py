@@ -24,6 +24,8 @@ COLUMN_TYPES: dict[str, type[pl.DataType]] = {
 }
 """The columns that datasets read, and what they hold. Other columns may be there and are ignored."""
 
+_COUNTS = ("num_frames", "height", "width")
+
 
 def read_table(path: str | Path, columns: Sequence[str]) -> pl.DataFrame:
     """The named columns of a table, each as its type in `COLUMN_TYPES`, without gaps; at least one row.
@@ -163,4 +165,11 @@ def _checked(values: pl.Series, path: Path) -> pl.Series:
         what = "is empty" if value in (None, "") else f"is {value!r}, not {kind}"
         more = f", and {gaps.sum() - 1} more rows" if gaps.sum() > 1 else ""
         raise DataError(f"{path}: {values.name} {what} in data row {first + 1}{more}.")
+    if values.name in _COUNTS and (few := typed < 1).any():
+        first = int(few.arg_max() or 0)
+        more = f", and in {few.sum() - 1} more rows" if few.sum() > 1 else ""
+        raise DataError(
+            f"{path}: {values.name} is {typed[first]} in data row {first + 1}{more}; it must be at least 1. Tools write "
+            "0 for files that can't be read: take those rows out."
+        )
     return typed.rename(values.name)

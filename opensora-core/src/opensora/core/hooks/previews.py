@@ -14,7 +14,7 @@ from attrs.validators import gt
 from opensora.core.contact_sheet import write_contact_sheet
 from opensora.core.errors import DataError
 from opensora.core.hookspecs import hook
-from opensora.core.loading import BatchOrder
+from opensora.core.orders import BatchOrder
 from opensora.core.protocols import IMAGE_FPS
 from opensora.core.randomness import SampleKey
 from opensora.core.requests import Request
@@ -53,7 +53,7 @@ class Previews:
     @hook
     def train_start(self, run: TrainRun) -> None:
         """Choose the prompts, and the rate that the model is told."""
-        if not run.accelerator.is_main:
+        if not run.accelerator.joins_main:
             return
         self.prompts, self.fps = list(self.spec.prompts), IMAGE_FPS
         for key in first_keys(run):
@@ -66,8 +66,8 @@ class Previews:
 
     @hook
     def step_end(self, run: TrainRun, update: Update) -> None:
-        """Sample in the main process; the others go on to their next step and wait there."""
-        if update.step % self.spec.every == 0 and run.accelerator.is_main:
+        """Sample in the main process; those that it doesn't need for that go on to their next step and wait there."""
+        if update.step % self.spec.every == 0 and run.accelerator.joins_main:
             self.preview(run, update.step)
 
     @torch.inference_mode()
@@ -79,6 +79,8 @@ class Previews:
                 videos = self.sample(run)
         finally:
             run.denoiser.train()
+        if not run.accelerator.is_main:
+            return
         path = run.folder / "previews" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         write_contact_sheet(path, list(zip(self.prompts, videos, strict=True)), title=f"Step {step}")

@@ -15,8 +15,8 @@ from opensora.core.composing import Parts, build_parts, checkpoint_activations, 
 from opensora.core.conditioning import Conditioning
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import DataError
-from opensora.core.loading import BatchOrder, Slicing
 from opensora.core.mask_strategy import print_mask_strategy
+from opensora.core.orders import BatchOrder, Slicing
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Dataset, Size

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,24 +15,34 @@ import torch
 from opensora.core.accelerator import Accelerator
 from opensora.core.adapters import find_record
 from opensora.core.attention import use_kernel
-from opensora.core.checkpoints import find_checkpoint, list_checkpoints, read_checkpoint, sweep
-from opensora.core.components import build, load
+from opensora.core.blocks import checkpoint_activations, compile_blocks
+from opensora.core.checkpoints import (
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    read_state,
+    sweep,
+    verify_checkpoint,
+)
+from opensora.core.components import build, load, structure_spec
 from opensora.core.composing import (
     build_accelerator,
     build_parts,
     check_components,
-    checkpoint_activations,
     choose_text_placement,
     place,
     resolved_values,
     wrap,
 )
 from opensora.core.config.write import write_config
+from opensora.core.config_changes import find_changes, plain
 from opensora.core.errors import CheckpointError, ConfigError, DataError
+from opensora.core.features import open_features
 from opensora.core.frame_masks import check_mask_ratios
 from opensora.core.hooking import build_hooks
-from opensora.core.loading import BatchOrder, Order, SampleOrder, Slicing, UnreadableFiles
+from opensora.core.loading import UnreadableFiles
 from opensora.core.optimization import build_optimizer, load_optimizer
+from opensora.core.orders import BatchOrder, Order, SampleOrder, Slicing, WaitingRows
 from opensora.core.pipelines.loop import Counters, LoopRun, train
 from opensora.core.pipelines.train_loop import TrainRun
 from opensora.core.pipelines.train_spec import LoopSpec, TrainSpec
@@ -40,8 +51,10 @@ from opensora.core.randomness import SampleKey
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder
 from opensora.core.stopping import StopRequest, stopping_on_signals
 from opensora.core.text_cache import CachedTextEncoder
-
+from opensora.core.tokens import count_tokens
 from opensora.core.trainable import adapt
+from opensora.core.validation import held_out_rows
+
 if TYPE_CHECKING:
     from opensora.core.config.evaluate import Config
 
@@ -64,9 +77,9 @@ class Training:
         """
         check_components(spec, config.locations)
         build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks)
-        self.spec, self.config = spec, config
         if spec.optimizer:
             load_optimizer(spec.optimizer)
+        self.spec, self.config = spec, config
 
     def run(self) -> dict[str, Path]:
         """Train, and return where the results are; see `train` for what it raises."""
@@ -74,6 +87,8 @@ class Training:
             raise ConfigError(f"{' and '.join(unbuilt)}: not built yet. Leave it out.")
         with build_accelerator(self.spec) as accelerator, stopping_on_signals() as stop, ExitStack() as stack:
             source = find_source(self.spec)
+            if source:
+                accelerator.from_main(partial(check_changes, self.spec, source))
             folder = accelerator.from_main(lambda: choose_folder(self.spec, source))
             if accelerator.is_main:
                 stack.enter_context(held(folder))
@@ -81,6 +96,8 @@ class Training:
                 sweep(folder)
             needs_base = source is None or find_record(source) is not None  # a checkpoint of adapters is not all
             run = self.build_run(folder, accelerator, stop, load_pretrained=needs_base)
+            run.config = plain(resolved_values(self.spec))
+            stack.enter_context(closing(run.saver))
             if source:
                 resume(run, source)
             if accelerator.is_main:  # not before: a config that does not fit must not replace the one that did
@@ -113,12 +130,14 @@ class Training:
 class Train(Training):
     """Train a denoiser."""
 
-    Spec = TrainSpec
+    Spec: ClassVar[type[TrainSpec]] = TrainSpec
     spec: TrainSpec
 
     def __init__(self, spec: TrainSpec, *, config: Config) -> None:
         """See `Training`."""
         super().__init__(spec, config=config)
+        if spec.validation and spec.validation.data:
+            structure_spec("datasets", spec.validation.data, locations=config.locations, path=("validation", "data"))
         if spec.mask_ratios:
             check_mask_ratios(spec.mask_ratios)
 
@@ -149,6 +168,29 @@ def find_source(spec: LoopSpec) -> Path | None:
             f"{spec.run_folder} holds a run already. Go on with --load {spec.run_folder}, or use another folder."
         )
     return find_checkpoint(Path(str(spec.run_folder))) if there else None
+
+
+def check_changes(spec: LoopSpec, path: Path) -> None:
+    """Say what the config has otherwise than that of a checkpoint that is gone on from.
+
+    Raises:
+        CheckpointError: Something that decides what is trained or on what, and ``allow_changes`` is off.
+    """
+    state = read_state(path)
+    if not spec.start_from_scratch and not spec.allow_changes and state.get("seed", spec.seed) != spec.seed:
+        raise CheckpointError(
+            f"{path} was trained with seed {state['seed']}, the config says {spec.seed}: the order of the data would change. "
+            f"Give --seed {state['seed']}, or --start-from-scratch to take weights and optimizer alone."
+        )
+    changes = find_changes(state["config"], plain(resolved_values(spec))) if state.get("config") else []
+    grave = [each for each in changes if each.is_of(spec.fixed_keys) and not each.is_of(spec.free_keys)]
+    if grave and not (spec.allow_changes or spec.start_from_scratch):
+        raise CheckpointError(
+            f"{path} does not fit this config, which has otherwise (then -> now): {'; '.join(map(str, grave))}. Set these as "
+            "they were, or go on all the same with --allow-changes, or take the weights alone with --ckpt-path."
+        )
+    if changes:
+        log.info("Changed since %s (then -> now): %s", path, "; ".join(map(str, changes)))
 
 
 def choose_folder(spec: LoopSpec, source: Path | None) -> Path:
@@ -185,7 +227,8 @@ def build_run(
         world_size=accelerator.data_world_size,
         rank=accelerator.data_rank,
     )
-    order = order_of(spec, dataset)
+    waiting = WaitingRows(folder / "waiting.jsonl", len(dataset)) if accelerator.is_main else None
+    order = order_of(spec, dataset, waiting)
     max_steps = count_steps(spec, order, slicing)
     size = clip_size(dataset, spec.seed)
     text_device, text_dtype = choose_text_placement(spec.text_encoder, accelerator)
@@ -196,8 +239,8 @@ def build_run(
         spec,
         size_of=lambda: only_size,
         load_pretrained=load_pretrained,
-        vae=features and features.vae,
-        text_encoder=features and features.text_encoder,
+        vae=features.vae if features else None,
+        text_encoder=features.text_encoder if features else None,
     )
     change_blocks(parts.denoiser, spec)
     adapt(parts.denoiser, hooks, spec)
@@ -233,12 +276,27 @@ def build_run(
         order=order,
         slicing=slicing,
         clip_size=size,
-        unreadable=UnreadableFiles(new_listing(folder, accelerator), len(dataset), spec.max_unreadable),
+        unreadable=UnreadableFiles(
+            new_listing(folder, accelerator), len(dataset), spec.max_unreadable, lists=accelerator.writes_samples
+        ),
         mask_ratios=check_mask_ratios(spec.mask_ratios) if spec.mask_ratios else None,
         max_steps=max_steps,
         hooks=hooks,
         stop=stop,
     )
+
+
+def extract_hint(folder: Path) -> str:
+    """What to do where a feature is missing."""
+    return f"Compute all that this run needs with: opensora-run {folder}/config.py --pipeline extract"
+
+
+def change_blocks(denoiser: torch.nn.Module, spec: TrainSpec) -> None:
+    """Compile and checkpoint blocks as configured."""
+    if spec.compile:
+        log.info("Compiling of %d blocks, when they are first used", compile_blocks(denoiser))
+    if spec.grad_checkpoint:
+        log.info("Activation checkpointing of %d blocks", checkpoint_activations(denoiser, spec.grad_checkpoint))
 
 
 def remembering(encoder: TextEncoder, num_samples: int, gib: float) -> TextEncoder:
@@ -273,9 +331,31 @@ def makes_batches(dataset: Any) -> bool:
     return hasattr(dataset, "batches")
 
 
-def order_of(spec: TrainSpec, dataset: Any) -> Order:
-    """The order in which samples are shown."""
-    return BatchOrder(dataset, spec.seed) if makes_batches(dataset) else SampleOrder(len(dataset), spec.seed)
+def order_of(spec: TrainSpec, dataset: Any, waiting: WaitingRows | None = None) -> Order:
+    """The order in which samples are shown.
+
+    Args:
+        spec: Says whether batches are balanced.
+        dataset: Of the run.
+        waiting: Lists rows that balanced batches leave out.
+
+    Raises:
+        ConfigError: They are to be, but the dataset's batches can't.
+    """
+    held_out = spec.validation.held_out if spec.validation else 0.0
+    if not makes_batches(dataset):  # clips of one size: balanced as they are
+        order = SampleOrder.of(dataset, spec.seed)
+        return order.without(held_out_rows(len(dataset), held_out, spec.validation.seed)) if held_out else order
+    if held_out:
+        raise ConfigError(
+            f"validation.held_out: {spec.dataset.type} deals out its own batches, so no rows can be held out of them. "
+            "Give the validation a table of its own: validation = dict(data=dict(type=..., data_path=...))."
+        )
+    if spec.balance is None:
+        return BatchOrder(dataset, spec.seed)
+    if not hasattr(dataset, "balanced_batches"):
+        raise ConfigError(f'balance = "{spec.balance}": {spec.dataset.type} can\'t balance its batches. Leave it out.')
+    return BatchOrder(dataset, spec.seed, cost=count_tokens(spec), left_out=waiting.record if waiting else None)
 
 
 def clip_size(dataset: Any, seed: int) -> Size:
@@ -318,10 +398,7 @@ def count_steps(spec: LoopSpec, order: Order, slicing: Slicing, counters: Counte
             )
         steps = min(steps, spec.max_steps)
     if steps < 1:
-        raise ConfigError(
-            f"Nothing to train: {spec.epochs} epochs of {order.num_samples} samples don't fill one step of "
-            f"{slicing.samples_per_step}. Lower batch_size to {max(1, order.num_samples)} or less, or raise epochs."
-        )
+        raise ConfigError(f"Nothing to train: {order.mend(slicing, spec.epochs)}")
     return steps
 
 
@@ -329,15 +406,10 @@ def resume(run: LoopRun, path: Path) -> None:
     """Take weights, optimizer and, unless ``start_from_scratch``, the position from a checkpoint.
 
     Raises:
-        CheckpointError: It is damaged, or of another model, or was made with another seed.
+        CheckpointError: It is damaged, or of another model.
     """
-    checkpoint = read_checkpoint(path)
-    seed = checkpoint.state.get("seed", run.spec.seed)
-    if not run.spec.start_from_scratch and seed != run.spec.seed:
-        raise CheckpointError(
-            f"{path} was trained with seed {seed}, the config says {run.spec.seed}: the order of the data would change. "
-            f"Give --seed {seed}, or --start-from-scratch to take weights and optimizer alone."
-        )
+    verify_checkpoint(path, run.accelerator)
+    checkpoint = read_checkpoint(path, like=run.like(), is_verified=True)
     try:
         counters = run.restore(checkpoint)
     except (KeyError, TypeError, RuntimeError, ValueError) as error:

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from opensora.core.blocks import checkpoint_activations
 from opensora.core.components import build, construct, load, structure_spec
-from opensora.core.composing import checkpoint_activations, on_meta
+from opensora.core.composing import on_meta
 from opensora.core.errors import DataError
-from opensora.core.loading import SampleOrder, Slicing
+from opensora.core.orders import SampleOrder, Slicing
 from opensora.core.pipelines.dry_run import declared_size, describe_memory, measure
 from opensora.core.pipelines.train import clip_size, count_steps
 from opensora.core.protocols import Dataset, Size
@@ -38,11 +39,11 @@ def describe_training(spec: TrainVAESpec) -> str:
         lines.append(f"adversary    {spec.discriminator.type}: {_count(discriminator)} parameters")
     if dataset:
         slicing = Slicing(batch_size=spec.batch_size, accumulation=spec.accumulation_steps)
-        steps = count_steps(spec, SampleOrder(len(dataset), spec.seed), slicing)
+        steps = count_steps(spec, SampleOrder.of(dataset, spec.seed), slicing)
         epochs = steps * slicing.samples_per_step / len(dataset)
         lines.append(f"steps        {steps:,} of {slicing.samples_per_step} samples a process ({epochs:.1f} epochs)")
     if spec.grad_checkpoint:
-        checkpoint_activations(learner.vae)
+        checkpoint_activations(learner.vae, spec.grad_checkpoint)
     with on_meta(True):
         video = learner.losses.logvar.new_empty((spec.batch_size, 3, *size))
     draws = SampleDraws([SampleKey(spec.seed, index) for index in range(spec.batch_size)], "meta")

@@ -30,7 +30,8 @@ from opensora.core.config.structure import ComponentConfig
 from opensora.core.config.write import write_config
 from opensora.core.errors import ShapeError
 from opensora.core.hooking import Hooks, build_hooks
-from opensora.core.loading import Batch, Place, SampleOrder, Slicing, UnreadableFiles, iter_batches
+from opensora.core.loading import Batch, UnreadableFiles, iter_batches
+from opensora.core.orders import Place, SampleOrder, Slicing
 from opensora.core.pipelines.sample_loop import SavedSample
 from opensora.core.pipelines.train import clip_size, new_listing
 from opensora.core.protocols import Dataset

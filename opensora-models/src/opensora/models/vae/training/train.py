@@ -12,13 +12,15 @@ from typing import cast
 import torch
 
 from opensora.core.accelerator import Accelerator
+from opensora.core.blocks import checkpoint_activations
 from opensora.core.components import build, construct, load, structure_spec
-from opensora.core.composing import checkpoint_activations, on_meta
+from opensora.core.composing import on_meta
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import ConfigError
 from opensora.core.hooking import build_hooks
-from opensora.core.loading import SampleOrder, Slicing, UnreadableFiles
+from opensora.core.loading import UnreadableFiles
 from opensora.core.optimization import build_optimizer
+from opensora.core.orders import SampleOrder, Slicing
 from opensora.core.pipelines.train import Training, clip_size, count_steps, makes_batches, new_listing
 from opensora.core.protocols import Dataset, Size
 from opensora.core.stopping import StopRequest
@@ -54,14 +56,14 @@ class TrainVAE(Training):
             world_size=accelerator.data_world_size,
             rank=accelerator.data_rank,
         )
-        order = SampleOrder(len(dataset), spec.seed)
+        order = SampleOrder.of(dataset, spec.seed)
         max_steps = count_steps(spec, order, slicing)
         size = clip_size(dataset, spec.seed)
         torch.manual_seed(spec.seed)  # initial weights
         learner = build_learner(spec, load_pretrained=load_pretrained, lpips=build_lpips(spec))
         learner.vae.latent_size(size)  # refuses what is too small
         if spec.grad_checkpoint:
-            log.info("Activation checkpointing of %d blocks", checkpoint_activations(learner.vae))
+            log.info("Activation checkpointing of %d blocks", checkpoint_activations(learner.vae, spec.grad_checkpoint))
         adversary = build_adversary(spec, accelerator, size, load_pretrained=load_pretrained)
         learn = accelerator.prepare(learner)
         parameters = [parameter for parameter in learner.parameters() if parameter.requires_grad]
