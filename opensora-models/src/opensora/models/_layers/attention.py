@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora.core.attention import attention
+from opensora.core.rehearsal import is_rehearsed
 from opensora.models._layers.linear import Linear
 from opensora.models._layers.positions import rotate
 from opensora.models._layers.remembered import remembered
@@ -105,7 +106,7 @@ def attended_text(text: Tensor, text_mask: Tensor | None) -> tuple[Tensor, Tenso
 
 def _is_readable(mask: Tensor) -> bool:
     """Whether its values may be looked at. In training on a GPU that would make each step wait for the one before it."""
-    if mask.is_meta or torch.compiler.is_compiling():
+    if mask.is_meta or is_rehearsed(mask) or torch.compiler.is_compiling():
         return False
     return mask.device.type == "cpu" or not torch.is_grad_enabled()
 
