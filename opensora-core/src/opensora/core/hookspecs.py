@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -73,6 +73,12 @@ class HookSpecs:
         """
 
     @hookspec
+    @hookspec
+    def validated(self, run: LoopRun, record: Mapping[str, Any]) -> None:
+        """The loss was measured on fixed clips: step, loss, training_loss (mean since the last time), clips, and loss
+        by_timestep, by_bucket and by_bucket_and_timestep. In all processes.
+        """
+
     def save_tensors(self, run: LoopRun) -> Mapping[str, Mapping[str, Tensor]] | None:
         """A checkpoint is being written: return further tensor files for it, {file stem: {key: tensor}}."""
 

@@ -26,8 +26,6 @@ class Flag:
     replaces: tuple[str, ...] = ()
     """Keys of the file that would win over this one, and are dropped."""
     group: Group = field(default="all", kw_only=True)
-    planned: bool = field(default=False, kw_only=True)
-    """Known from Open-Sora, but no pipeline has its key yet: read, refused by the pipeline, and not shown in the help."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -108,6 +106,7 @@ FLAGS: tuple[Flag, ...] = (
     _training("--warmup-steps", "int", "steps over which the learning rate rises"),
     _training("--load", "str", "run folder or checkpoint to go on from"),
     _training("--start-from-scratch", "switch", "with --load: take the weights, but start at step 0"),
-    Flag("--wandb", "bool", "log to Weights & Biases", group="training", planned=True),
+    _training("--allow-changes", "switch", "with --load: go on with another model, data or seed than the checkpoint's"),
+    Flag("--wandb", "bool", "log to Weights & Biases", group="training"),
 )
 """In the order of ``--help``."""

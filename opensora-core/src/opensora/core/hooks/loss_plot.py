@@ -1,10 +1,12 @@
-"""``loss.png``: the loss curve, drawn when training ends."""
+"""``loss.png`` and ``validation.png``: the curves, drawn when training ends."""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
@@ -21,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @frozen(kw_only=True)
 class LossPlotSpec:
-    """Draw ``metrics.jsonl`` as ``loss.png``; needs matplotlib."""
+    """Draw ``metrics.jsonl`` as ``loss.png``, and ``validation.jsonl`` as ``validation.png``; needs matplotlib."""
 
 
 class LossPlot:
@@ -58,6 +60,40 @@ class LossPlot:
         axes.grid(alpha=0.3)
         figure.savefig(run.folder / "loss.png", dpi=110)
         log.info("Loss plot %s", run.folder / "loss.png")
+        if validation := read_jsonl(run.folder / "validation.jsonl"):
+            draw_validation(run.folder, validation, training=(steps, losses))
+
+
+def draw_validation(
+    folder: Path, records: Sequence[Mapping[str, Any]], *, training: tuple[list[float], list[float]]
+) -> None:
+    """Draw ``validation.png``: the mean beside the training loss, and each timestep's, of which the noisiest are darkest.
+
+    Args:
+        folder: Of the run.
+        records: Of ``validation.jsonl``.
+        training: Steps and losses of ``metrics.jsonl``.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    means, timesteps = figure.subplots(1, 2)
+    steps = [record["step"] for record in records]
+    means.plot(*training, alpha=0.3, linewidth=0.8, label="training loss")
+    means.plot(steps, [record["loss"] for record in records], linewidth=1.5, label="validation loss")
+    means.set(xlabel="step", ylabel="loss", title=folder.name)
+    names = list(records[-1]["by_timestep"])
+    for index, name in enumerate(names):
+        color = colormaps["viridis"](1 - (index + 1) / len(names))
+        values = [record["by_timestep"].get(name, math.nan) for record in records]
+        timesteps.plot(steps, values, color=color, linewidth=1.2, label=f"t = {float(name):.0f}")
+    timesteps.set(xlabel="step", ylabel="validation loss", title="by timestep")
+    for axes in (means, timesteps):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(folder / "validation.png", dpi=110)
+    log.info("Validation plot %s", folder / "validation.png")
 
 
 def running_mean(values: list[float], *, weight: float) -> list[float]:

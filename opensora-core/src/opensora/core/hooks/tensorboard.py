@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from opensora.core.errors import MachineError
 from opensora.core.hookspecs import hook
+from opensora.core.validation import scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -58,6 +59,13 @@ class TensorBoard:
         """Write the record's numbers."""
         if self.writer:
             for name, value in record.items():
+                self.writer.add_scalar(name, value, int(record["step"]))
+
+    @hook
+    def validated(self, record: Mapping[str, Any]) -> None:
+        """Write the validation's numbers."""
+        if self.writer:
+            for name, value in scalars(record).items():
                 self.writer.add_scalar(name, value, int(record["step"]))
 
     @hook

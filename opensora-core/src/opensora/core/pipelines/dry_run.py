@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora.core.components import load, structure_spec
-from opensora.core.composing import Parts, build_parts, checkpoint_activations, is_installed
+from opensora.core.components import build, load, structure_spec
+from opensora.core.composing import Parts, build_parts, checkpoint_activations, is_installed, on_meta, split_options
 from opensora.core.conditioning import Conditioning
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import DataError
@@ -47,7 +47,6 @@ def describe_training(spec: TrainSpec) -> str:
         return "\n".join([*lines, "The size of the clips is not known, so nothing more can be said."])
     parts = build_parts(spec, size_of=lambda: None if batches else size, meta=True)
     lines += _describe_buckets(parts, batches) + _describe_parts(spec, parts, size)
-    lines += [f"not built    {each}" for each in spec.unbuilt()]
     if dataset:
         lines.append(_describe_steps(spec, dataset))
     parts.denoiser.train()

@@ -83,8 +83,6 @@ class Training:
 
     def run(self) -> dict[str, Path]:
         """Train, and return where the results are; see `train` for what it raises."""
-        if unbuilt := self.spec.unbuilt():
-            raise ConfigError(f"{' and '.join(unbuilt)}: not built yet. Leave it out.")
         with build_accelerator(self.spec) as accelerator, stopping_on_signals() as stop, ExitStack() as stack:
             source = find_source(self.spec)
             if source:
@@ -342,10 +340,12 @@ def order_of(spec: TrainSpec, dataset: Any, waiting: WaitingRows | None = None) 
     Raises:
         ConfigError: They are to be, but the dataset's batches can't.
     """
-    held_out = spec.validation.held_out if spec.validation else 0.0
+    held_out = spec.validation and spec.validation.held_out
     if not makes_batches(dataset):  # clips of one size: balanced as they are
         order = SampleOrder.of(dataset, spec.seed)
-        return order.without(held_out_rows(len(dataset), held_out, spec.validation.seed)) if held_out else order
+        if spec.validation and held_out:
+            order = order.without(held_out_rows(len(dataset), held_out, spec.validation.seed))
+        return order
     if held_out:
         raise ConfigError(
             f"validation.held_out: {spec.dataset.type} deals out its own batches, so no rows can be held out of them. "

@@ -102,15 +102,11 @@ class LoopSpec(RunSpec):
     async_checkpoints: bool = False
     """Write checkpoints while training goes on, from a copy in the CPU's memory: a kill meanwhile costs that checkpoint."""
     wandb: bool = False
-    """There is no hook for Weights & Biases yet: True is accepted from older configs, and refused when run."""
+    """Log to Weights & Biases too; hooks = [dict(type="wandb", mode="offline")] has options."""
 
     def __attrs_post_init__(self) -> None:
         if self.start_from_scratch and not self.load:
             raise ConfigError("start_from_scratch needs load: a run folder or checkpoint to take the weights from.")
-
-    def unbuilt(self) -> list[str]:
-        """What this config asks for that can be read but not run yet."""
-        return ["wandb = True (metrics.jsonl and TensorBoard have the same numbers)"] if self.wandb else []
 
     def default_hooks(self) -> list[ComponentConfig]:
         """The hooks that take part unless ``without_hooks`` says otherwise."""
@@ -120,6 +116,7 @@ class LoopSpec(RunSpec):
             _hook("console"),
             _hook("jsonl"),
             _hook("tensorboard"),
+            *([_hook("wandb")] if self.wandb else []),
             _hook("checkpoints", every=self.ckpt_every, keep_last=self.keep_last, keep_every=self.keep_every),
         ]
         return [*hooks, _hook("loss-plot")]
@@ -152,7 +149,7 @@ class ValidationSpec:
     every: int = field(default=500, validator=gt(0))
     """Steps; also before the first step, and after the last."""
     data: ComponentConfig | None = None
-    """A dataset of its own, which may have other buckets' sizes as bucket_config says; or else held_out."""
+    """A dataset of its own, with the run's bucket_config; or else held_out."""
     held_out: float = field(default=0.0, validator=and_(ge(0), lt(1)))
     """Share of the rows of the training data that are not trained on, but measured."""
     num_clips: int = field(default=64, validator=gt(0))
@@ -187,8 +184,8 @@ class TrainSpec(LoopSpec, CompositionSpec):
     offload: bool = False
     """Keep activations in the CPU's memory between forward and backward: GPU memory for time on the bus."""
     trainable: list[str] | None = field(default=None, validator=optional(min_len(1)))
-    """Train these parts alone: regular expressions, each of which must match the whole name of a parameter, or of a module that
-    it is in, such as temporal_blocks or .*attn.*. None: all that the model doesn't freeze. The hook lora adds its adapters."""
+    """Train these parts alone: regular expressions, each of which must match the whole name of a parameter, or of a module
+    that it is in, such as temporal_blocks or .*attn.*. None: all that the model doesn't freeze. The hook lora adds its own."""
     mask_ratios: dict[str, float] | None = None
     """Share of samples by frame mask (see `opensora.core.frame_masks`): which frames are given instead of noised."""
     text_cache_gib: float = field(default=1.0, validator=ge(0))
