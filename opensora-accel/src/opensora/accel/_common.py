@@ -54,6 +54,6 @@ def check_scheduler(name: str, scheduler: Scheduler, *, called: str | None = Non
 
 
 def total(accelerator: Accelerator, *counts: float) -> list[float]:
-    """Sums over all processes; to be called in all of them."""
-    mine = torch.tensor(counts, dtype=torch.float64, device=accelerator.device)
+    """Sums over all processes, once for those that share samples; to be called in all of them."""
+    mine = torch.tensor(counts, dtype=torch.float64, device=accelerator.device) * accelerator.writes_samples
     return (accelerator.mean(mine) * accelerator.world_size).tolist()

@@ -51,8 +51,10 @@ class DDP(Processes):
         """As `Accelerator.prepare`. All processes get the main one's weights.
 
         Raises:
-            ConfigError: When called: the step before did not use all parameters, and ``find_unused_parameters`` is off.
+            ConfigError: See `share_sequence`. When called: the step before did not use all parameters, and
+                ``find_unused_parameters`` is off.
         """
+        self.share_sequence(module)
         replica = DistributedDataParallel(
             module.to(self.device),
             **KEEP_BUFFERS,  # they are tables of positions and the like, the same everywhere

@@ -1,11 +1,11 @@
 """What a model class can say about its attention, so that one video can be spread over several processes.
 
-A class that has an attribute ``sequence_plan`` can be run with sequence parallelism. Its code knows nothing of that: tokens are
-dealt out, exchanged and gathered from outside, by the accelerator.
+A class that has an attribute ``sequence_plan`` can be run with sequence parallelism. Its code knows nothing of that: tokens
+are dealt out, exchanged and gathered from outside, by the accelerator.
 
-Of tokens [B, ..., N, D], axis N is dealt out: of all tokens of a video, or, where a model keeps frames apart, [B, T, S, D], of
-the S positions in a frame, each with all its frames. What works on each token by itself (norms, feed-forward layers, attention
-to the text, attention along frames) needs nothing. What looks at several of them is named here.
+Of tokens [B, ..., N, D], axis N is dealt out: of all tokens of a video, or, where a model keeps frames apart, [B, T, S, D],
+of the S positions in a frame, each with all its frames. What works on each token by itself (norms, feed-forward layers,
+attention to the text) and attention along frames need nothing. What looks at several tokens of axis N is named here.
 """
 
 from __future__ import annotations
@@ -36,5 +36,5 @@ class SequencePlan:
     alongside: Mapping[str, int] = field(factory=dict)
     """Parameters of the blocks' ``forward`` that are by token too, such as rotations, and the axis of their tokens."""
     head: str | None = "final_layer"
-    """The layer behind the blocks that works on each token by itself and makes it small, [B, ..., N, D] to [B, ..., N, O]: what
-    it returns is gathered. None: what the last block returns."""
+    """The layer behind the blocks that works on each token by itself and makes it small, [B, ..., N, D] to [B, ..., N, O]:
+    what it returns is gathered. None: what the last block returns."""

@@ -96,7 +96,7 @@ class SamplePreviews:
     @hook
     def sample_step(self, run: SampleRun, state: SampleState) -> None:
         """Add a row to each sheet, every so many steps."""
-        if (state.step + 1) % self.spec.every:
+        if (state.step + 1) % self.spec.every or not run.accelerator.writes_samples:
             return
         if self._decoder is None:
             self._decoder = LinearDecoder.fit(run.sampler.parts.vae, run.accelerator.device)

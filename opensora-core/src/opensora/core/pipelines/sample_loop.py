@@ -59,7 +59,7 @@ class SampleRun:
 
     def iter_batches(self) -> Iterator[list[Request]]:
         """This process's batches; what is there already is left out if the config says so."""
-        mine = islice(self._wanted(), self.accelerator.data_rank, None, self.accelerator.data_world_size)
+        mine = islice(self._wanted(), self.accelerator.sampling_rank, None, self.accelerator.sampling_world_size)
         return iter_batches(mine, self.spec.batch_size)
 
     def start(self, requests: Sequence[Request]) -> Denoising:
@@ -83,8 +83,9 @@ def sample(run: SampleRun) -> None:
 
 
 def sample_batch(run: SampleRun, requests: Sequence[Request]) -> None:
-    """Make one batch; its files appear together, each whole."""
+    """Make one batch; its files appear together, each whole. Of the processes that share it, one writes them."""
     clock = run.sampler.clock
+    own = requests if run.accelerator.writes_samples else ()
 
     def watch(state: SampleState) -> None:
         run.hooks.sample_step(run=run, state=state)
@@ -94,14 +95,14 @@ def sample_batch(run: SampleRun, requests: Sequence[Request]) -> None:
         for piece in iter_own_pieces(run.sampler, requests, watch):
             with clock.phase("write"):
                 if writers is None:
-                    writers = [stack.enter_context(open_writer(run, requests, row)) for row in range(len(requests))]
+                    writers = [stack.enter_context(open_writer(run, requests, row)) for row in range(len(own))]
                 run.hooks.sample_frames(run=run, requests=requests, piece=piece)
-                for writer, frames in zip(writers, piece.frames, strict=True):
+                for writer, frames in zip(writers, piece.frames[: len(own)], strict=True):
                     writer.append(frames, is_new_round=piece.is_first and piece.round > 0)
         with clock.phase("write"):
             stack.close()
     assert writers is not None  # every video has a frame
-    for request, writer in zip(requests, writers, strict=True):
+    for request, writer in zip(own, writers, strict=True):
         run.num_saved += 1
         if writer.seams:
             seams = [attrs.asdict(seam) for seam in writer.seams]
