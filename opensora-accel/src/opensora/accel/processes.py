@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Self, TypeVar
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from attrs import field, frozen
 from attrs.validators import ge, gt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opensora.core.accelerator import Accelerator, DtypeName
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 HOW_TO_START = (
     "Start with: opensora-run --nproc N config.py, or torchrun --nproc-per-node N -m opensora.core.run config.py"
 )
-_VERY_LONG = timedelta(days=365)
+VERY_LONG = timedelta(days=365)
 """For waiting without a limit."""
 
 
@@ -84,6 +84,11 @@ class Processes(Accelerator):
         """As `Accelerator.data_world_size`."""
         return self.world_size // int(self.spec.sp_size)
 
+    @property
+    def share_size(self) -> int:
+        """As `Accelerator.share_size`: processes that share each sample."""
+        return int(self.spec.sp_size)
+
     def __enter__(self) -> Self:
         """Join the other processes.
 
@@ -98,7 +103,7 @@ class Processes(Accelerator):
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=self.spec.timeout_s))
-            self._patient = dist.new_group(backend="gloo", timeout=_VERY_LONG)
+            self._patient = dist.new_group(backend="gloo", timeout=VERY_LONG)
             shape = (self.data_world_size, self.spec.sp_size)
             self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "sequence"))
         except dist.DistError as error:
@@ -118,6 +123,26 @@ class Processes(Accelerator):
     def _let_go(self) -> None:
         """Forget what holds on to the other processes."""
 
+    def share_sequence(self, network: object) -> None:
+        """Let processes of one row share the tokens of their samples, if ``sp_size`` says so; see `parallelize_sequence`.
+
+        Args:
+            network: A module, or a method of one; to be called before anything is put around it, and again with no effect.
+
+        Raises:
+            ConfigError: It can't be done with this network.
+        """
+        module = network if isinstance(network, nn.Module) else getattr(network, "__self__", None)
+        if self.spec.sp_size > 1 and isinstance(module, nn.Module):
+            from opensora.accel.sequence_parallel import parallelize_sequence  # imports torch's compiler
+
+            parallelize_sequence(module, self.mesh.get_group("sequence"))
+
+    def predictor(self, network: Callable[..., Any]) -> Callable[..., Any]:
+        """As `Accelerator.predictor`; processes that share their samples must all call it."""
+        self.share_sequence(network)
+        return super().predictor(network)
+
     def mean(self, value: Tensor) -> Tensor:
         """As `Accelerator.mean`; ``value`` is not modified."""
         total = value.detach().clone()
@@ -135,6 +160,12 @@ class Processes(Accelerator):
         values = [value if self.is_main else None]
         dist.broadcast_object_list(values, src=0, device=CPU)
         return values[0]  # type: ignore[return-value]  # the main process's value
+
+    def gather(self, value: T) -> list[T]:
+        """As `Accelerator.gather`."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._patient)
+        return values
 
     def barrier(self) -> None:
         """As `Accelerator.barrier`."""

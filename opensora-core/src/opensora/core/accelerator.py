@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opensora.core.errors import MachineError, UserError
 from opensora.core.machine import probe_dtype
+from opensora.core.shares import Shares
 
 __all__ = ["Accelerator", "DtypeName", "Single", "SingleSpec", "cast_module", "choose_device", "choose_dtype"]
 
@@ -32,6 +33,13 @@ class Accelerator:
     Spec: type = SingleSpec
     rank = 0
     world_size = 1
+    shards_state = False
+    """Whether weights, averages and optimizer state of prepared networks are spread over processes, as torch's DTensors. Then
+    each process saves its own, over ``saving_group``."""
+    builds_together = False
+    """Whether all processes must take part in putting a checkpoint's state together, which the main one then writes."""
+    saving_group: Any = None
+    """The process group over which a save is agreed on: its own, since a thread may use it while training goes on."""
 
     def __init__(self, spec: Any, *, device: str | None = None, dtype: DtypeName = "auto") -> None:
         """Choose the device and the precision; nothing is started before ``__enter__``.
@@ -49,6 +57,11 @@ class Accelerator:
         self.dtype = choose_dtype(dtype, self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
+    @classmethod
+    def shares(cls, spec: Any, world_size: int) -> Shares:  # noqa: ARG003  # others ask for them
+        """What part of the memory each of ``world_size`` processes holds, for plans; here each holds all."""
+        return Shares()
+
     def __enter__(self) -> Self:
         """Join the other processes, if there are any."""
         return self
@@ -61,6 +74,15 @@ class Accelerator:
     def prepare(self, module: nn.Module) -> Callable[..., Any]:
         """Move a network to the device and return what the loop calls in its place: its own parameters are trained."""
         return self._autocast(module.to(self.device))
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Take over the optimizer of a prepared network, and return what the loop uses in its place.
+
+        That has ``param_groups``, ``state_dict`` and ``load_state_dict``, whose states are those of the whole parameters, and
+        if it is no torch optimizer, the one that it wraps is its attribute ``optim``. A network's weights that were replaced
+        in place are taken up by the next ``load_state_dict``.
+        """
+        return optimizer
 
     def place(
         self, module: ModuleT, *, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -152,6 +174,36 @@ class Accelerator:
         """How many shares the samples are dealt out in."""
         return self.world_size
 
+    @property
+    def lists_clips(self) -> bool:
+        """Whether this process lists what becomes of its training samples: one does of those that share them."""
+        return self.rank % (self.world_size // self.data_world_size) == 0
+
+    @property
+    def share_size(self) -> int:
+        """Processes, neighbours by rank, that must run a network together, and so sample the same videos."""
+        return 1
+
+    @property
+    def sampling_rank(self) -> int:
+        """Whose videos this process samples, of ``sampling_world_size``."""
+        return self.rank // self.share_size
+
+    @property
+    def sampling_world_size(self) -> int:
+        """How many shares the videos to be sampled are dealt out in."""
+        return self.world_size // self.share_size
+
+    @property
+    def writes_samples(self) -> bool:
+        """Whether this process writes files of its samples, and counts them: one does of those that share them."""
+        return self.rank % self.share_size == 0
+
+    @property
+    def joins_main(self) -> bool:
+        """Whether the main process can run a network only together with this one. So it is of itself."""
+        return self.sampling_rank == 0
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of ``value`` over processes."""
         return value
@@ -163,6 +215,10 @@ class Accelerator:
     def broadcast(self, value: T) -> T:
         """The main process's ``value``, in all processes. Any picklable object."""
         return value
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's ``value`` in the order of their ranks, in all of them. Any picklable object; for rare use."""
+        return [value]
 
     def barrier(self) -> None:
         """Wait for all processes. One that does not come within the time limit ends the run."""
