@@ -5,7 +5,8 @@ Shapes: B batch, C channels, T H W frames and size, L text tokens, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,12 +19,15 @@ from opensora.core.randomness import Draws, SampleKey
 __all__ = [
     "IMAGE_FPS",
     "Clip",
+    "ClipFeatures",
+    "ClipRecipe",
     "Dataset",
     "Denoiser",
     "Prompter",
     "SampleState",
     "Scheduler",
     "Size",
+    "SourceFacts",
     "TextEncoder",
     "VideoAutoencoder",
     "batch_conditioning",
@@ -69,6 +73,10 @@ class VideoAutoencoder(Protocol):
     Takes and gives float32, whatever dtype it was cast to. In a run in fp16, submodules with a true attribute
     ``overflows_in_fp16`` stay float32. Optional: ``iter_decode(latents, *, num_frames)``, which yields what ``decode`` gives
     in pieces of time; ``latent_chunk`` (int or None), the latent frames that are decoded together, apart from all others.
+
+    Optional, for latents that are computed once and drawn anew at each showing: ``moments(video) -> dict[str, Tensor]``, what
+    the encoder says of each video, each tensor [B, ...]; and ``latents_of(moments, draws) -> Tensor``, which draws latents
+    from that as ``encode`` does, without weights: it is called where the module was built on the meta device.
     """
 
     latent_channels: int
@@ -94,7 +102,8 @@ class TextEncoder(Protocol):
     """Prompts to the text part of a `Conditioning`: an ``nn.Module`` built as ``Class(spec)``, frozen and in eval mode.
 
     What it makes of a prompt must not depend on the others of a batch: it may be remembered. ``overflows_in_fp16`` is as for
-    a `VideoAutoencoder`. Options ``device`` and ``dtype`` are core's, for every text encoder: a ``Spec`` has none so named.
+    a `VideoAutoencoder`. ``fingerprint() -> str``, optional, stands for what besides options and weights decides what it makes
+    of a prompt, such as its tokens: remembered embeddings of another one aren't used. Options ``device`` and ``dtype`` are core's, for every text encoder: a ``Spec`` has none so named.
     Optional, for those with a limit: ``cut_off(prompt) -> str``, the end of a prompt that lies beyond it and is not read, in
     its own spelling (T5's is cleaned), "" if all is read; and ``max_tokens`` (int), the limit if not ``max_length``.
     Functions of these names in `opensora.core.text_cuts` know what to answer for encoders without.
@@ -194,12 +203,56 @@ class Scheduler(Protocol):
         ...
 
 
+@frozen(kw_only=True)
+class SourceFacts:
+    """What is known of a video or image file."""
+
+    digest: str
+    """Of its bytes."""
+    num_frames: int = 1
+    fps: float = IMAGE_FPS
+
+
+@frozen(kw_only=True)
+class ClipRecipe:
+    """How a dataset would make a clip, known without decoding its file."""
+
+    path: Path
+    """The file."""
+    frames: Sequence[int]
+    """Which of its frames; (0,) of an image."""
+    size: Size
+    """(T, H, W) of the clip."""
+    transform: Mapping[str, object]
+    """What else decides its pixels: the name of the transform, and its options if it has some."""
+    text: str
+    fps: float
+    """As `Clip` has it."""
+
+
+@frozen(kw_only=True, eq=False)
+class ClipFeatures:
+    """What was computed of a clip before, or under which names it is to be kept once it is."""
+
+    size: Size
+    """(T, H, W) of the clip in pixels."""
+    moments: Mapping[str, Tensor] | None = None
+    """Of its latents, as a `VideoAutoencoder`'s ``moments`` has them, without batch axis. ``latents`` [C, T', H', W'] alone are
+    the latents themselves. None: to be computed of the pixels."""
+    latents_name: str = ""
+    text: Conditioning | None = None
+    """Of its caption, with a batch axis of 1. None: to be computed."""
+    text_name: str = ""
+    num_damaged: int = 0
+    """Features that were there, but damaged."""
+
+
 @frozen(kw_only=True, eq=False)
 class Clip:
     """One training sample: a video or, with one frame, an image."""
 
     video: Tensor
-    """[3, T, H, W] float32 in [-1, 1]."""
+    """[3, T, H, W] float32 in [-1, 1]; empty where ``features`` have the moments."""
     text: str
     """The caption; for class-labelled data the label's number."""
     fps: float
@@ -207,10 +260,14 @@ class Clip:
     key: SampleKey
     path: str = ""
     """The file it came from, for messages."""
+    features: ClipFeatures | None = None
+    """What was computed of it before, if the run uses features."""
 
     @property
     def size(self) -> Size:
-        """(T, H, W)."""
+        """(T, H, W) in pixels."""
+        if self.features is not None:
+            return self.features.size
         return tuple(self.video.shape[1:])  # type: ignore[return-value]  # a 4-D shape
 
 
@@ -218,7 +275,10 @@ class Clip:
 class Dataset(Protocol):
     """Map-style dataset, built as ``Class(spec)``. Lives in loader workers, so it must pickle.
 
-    Optional attribute: ``size``, the (T, H, W) of every clip, known without reading one.
+    Optional: ``size``, the (T, H, W) of every clip, known without reading one; ``order(seed, epoch)``, the indices of all
+    samples in the order in which an epoch shows them, where some orders are read faster than others; and ``recipe(key, look) -> ClipRecipe``, how
+    ``dataset[key]`` would be made, where ``look(path)`` gives the `SourceFacts` of a file: with it, files whose latents are
+    computed already aren't decoded.
     """
 
     def __len__(self) -> int: ...

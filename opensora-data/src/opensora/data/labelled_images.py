@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from attrs import field, frozen
 from attrs.validators import deep_iterable, gt, min_len
 
 from opensora.core.errors import DataError
-from opensora.core.protocols import IMAGE_FPS, Clip, Size
+from opensora.core.protocols import IMAGE_FPS, Clip, ClipRecipe, Size, SourceFacts
 from opensora.core.randomness import SampleKey
 from opensora.core.transforms import transform_image
 from opensora.core.video import is_image, read_image
@@ -80,6 +81,21 @@ class ClassImages:
         path = resolve_path(self._paths[key.index], self.folder)
         video = transform_image(self.spec.transform_name, read_image(path), *self.spec.image_size)
         return Clip(video=video, text=str(self._labels[key.index]), fps=IMAGE_FPS, key=key, path=str(path))
+
+    def recipe(self, key: SampleKey, look: Callable[[Path], SourceFacts]) -> ClipRecipe:
+        """How the image of row ``key.index`` is made; see `opensora.core.protocols.Dataset`.
+
+        Raises:
+            DataError: The row's file is missing.
+        """
+        return ClipRecipe(
+            path=resolve_path(self._paths[key.index], self.folder),
+            frames=(0,),
+            size=self.size,
+            transform={"name": self.spec.transform_name},
+            text=str(self._labels[key.index]),
+            fps=IMAGE_FPS,
+        )
 
 
 def _listed(folder: Path) -> tuple[tuple[str, ...], pl.DataFrame]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import attrs
 import torch
 from attrs import field, frozen
 from attrs.validators import deep_iterable, gt, min_len, optional
 
 from opensora.core.errors import DataError
-from opensora.core.protocols import IMAGE_FPS, Clip, Size
+from opensora.core.protocols import IMAGE_FPS, Clip, ClipRecipe, Size, SourceFacts
 from opensora.core.randomness import SampleKey
 from opensora.core.transforms import transform_image, transform_video
 from opensora.core.video import VideoFile, is_image, is_video, read_image, read_video
@@ -36,6 +38,9 @@ class VideoTextSpec:
     """Height and width in pixels."""
     transform_name: Literal["center", "resize_crop"] = "center"
     """center: the central square. resize_crop: any size, as much of the picture as fits."""
+    num_starts: int | None = field(default=None, validator=optional(gt(0)))
+    """Stretches of a video that are shown, evenly spread and in turns from epoch to epoch, so that features that were computed
+    once are met again. None: one is drawn anew each epoch."""
     keep_in_memory: bool = False
     """Keep each video whole once it is decoded and transformed, in every process that reads: for data that fit."""
 
@@ -93,7 +98,26 @@ class VideoTextDataset:
         if is_image(path):
             image = transform_image(self.spec.transform_name, read_image(path), *self.spec.image_size)
             return self._clip(key, image.repeat(1, self.spec.num_frames, 1, 1), IMAGE_FPS, path)
-        raise DataError(f"{path} is neither a video nor an image by its extension.")
+        raise _neither(path)
+
+    def recipe(self, key: SampleKey, look: Callable[[Path], SourceFacts]) -> ClipRecipe:
+        """How the clip of row ``key.index`` is made; see `opensora.core.protocols.Dataset`.
+
+        Raises:
+            DataError: The row's file can't be used.
+        """
+        path = resolve_path(self._paths[key.index], self.folder)
+        if not (is_video(path) or is_image(path)):
+            raise _neither(path)
+        facts = look(path)
+        return ClipRecipe(
+            path=path,
+            frames=self._choose(path, facts.num_frames, key) if is_video(path) else (0,),
+            size=self.size,
+            transform={"name": self.spec.transform_name},
+            text=self._texts[key.index] if self._texts else "",
+            fps=facts.fps if is_video(path) else IMAGE_FPS,
+        )
 
     def _clip(self, key: SampleKey, video: torch.Tensor, fps: float, path: Path) -> Clip:
         text = self._texts[key.index] if self._texts else ""
@@ -111,21 +135,37 @@ class VideoTextDataset:
             return transform(frames, *self.spec.image_size), file.info.fps
 
     def _choose(self, path: Path, total: int, key: SampleKey) -> list[int]:
-        return choose_frames(path, total, self.spec.num_frames, frame_interval=self.spec.frame_interval, key=key)
+        spec = self.spec
+        return choose_frames(
+            path, total, spec.num_frames, frame_interval=spec.frame_interval, key=key, num_starts=spec.num_starts
+        )
 
 
-def choose_frames(path: Path, total: int, num_frames: int, *, frame_interval: int, key: SampleKey) -> list[int]:
+def choose_frames(
+    path: Path, total: int, num_frames: int, *, frame_interval: int, key: SampleKey, num_starts: int | None = None
+) -> list[int]:
     """Frames of a file of ``total`` frames that make this showing's clip; where it starts is drawn from ``key``.
+
+    Args:
+        num_starts: Of so many evenly spread starts, each in turn, epoch by epoch.
 
     Raises:
         DataError: The file is too short.
     """
     highest = last_start(total, num_frames, frame_interval=frame_interval)
-    start = int(torch.randint(highest + 1, (), generator=key.generator("start")))
+    if num_starts is None:
+        start = int(torch.randint(highest + 1, (), generator=key.generator("start")))
+    else:
+        first = int(torch.randint(num_starts, (), generator=attrs.evolve(key, epoch=0).generator("start")))
+        start = (first + key.epoch) % num_starts * highest // max(1, num_starts - 1)
     try:
         return sample_frames(total, num_frames, frame_interval=frame_interval, start=start)
     except DataError as error:
         raise DataError(f"{path} {error}") from error
+
+
+def _neither(path: Path) -> DataError:
+    return DataError(f"{path} is neither a video nor an image by its extension.")
 
 
 def check_transform(name: str, image_size: tuple[int, int]) -> None:

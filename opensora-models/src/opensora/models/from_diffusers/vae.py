@@ -8,6 +8,7 @@ Shapes: B batch, C latent channels, T H W frames and size, T' H' W' latent frame
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -158,18 +159,38 @@ class DiffusersVAE(nn.Module):
         Raises:
             ShapeError: See `latent_size`.
         """
+        moments = self.moments(video)
+        if "latents" in moments:
+            return moments["latents"]
+        if draws is None:
+            return (moments["mean"] - moments["shift"]) * moments["scale"]
+        return self.latents_of(moments, draws)
+
+    def moments(self, video: Tensor) -> dict[str, Tensor]:
+        """``mean`` and ``std`` [B, C, T', H', W'] of the posterior, shift and scale; or ``latents``, if the class has none.
+
+        Raises:
+            ShapeError: See `latent_size`.
+        """
         self.latent_size(tuple(video.shape[2:]))  # type: ignore[arg-type]  # three of them
         pixels = rearrange(video, "b c t h w -> (b t) c h w") if self.is_image else video
         encoded = self.module.encode(pixels.to(self.pixel_dtype or self.module.dtype))
+        shift, scale = self._normalization()
         if (posterior := getattr(encoded, "latent_dist", None)) is None:
             latents = self._to_video(encoded.latents if hasattr(encoded, "latents") else encoded.latent, len(video))
-        else:
-            latents = self._to_video(posterior.mean, len(video))
-            if draws is not None:
-                noise = draws.normal("posterior", latents.shape[1:]).to(latents.device)
-                latents = torch.addcmul(latents, self._to_video(posterior.std, len(video)), noise)
-        shift, scale = self._normalization()
-        return (latents - shift) * scale
+            return {"latents": (latents - shift) * scale}
+        mean, std = (self._to_video(each, len(video)) for each in (posterior.mean, posterior.std))
+        scaling = {"shift": shift, "scale": scale}
+        return {"mean": mean, "std": std} | {
+            name: torch.as_tensor(each).reshape(1, -1, 1, 1, 1).expand(len(video), -1, 1, 1, 1)
+            for name, each in scaling.items()
+        }
+
+    def latents_of(self, moments: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """What `encode` draws from the video that has these moments."""
+        mean = moments["mean"]
+        noise = draws.normal("posterior", mean.shape[1:]).to(mean.device)
+        return (torch.addcmul(mean, moments["std"], noise) - moments["shift"]) * moments["scale"]
 
     def decode(self, latents: Tensor, *, num_frames: int) -> Tensor:
         """[B, C, T', H', W'] -> float32 [B, 3, num_frames, H, W]."""

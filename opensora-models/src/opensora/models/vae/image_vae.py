@@ -108,6 +108,15 @@ class VideoAutoencoderKL(nn.Module):
         """`encode` in pieces of time, as they are asked for. ``video`` may itself come in pieces [B, 3, t, H, W]."""
         return self._iter_encode(video, draws, self.spec.micro_batch_size or 1)
 
+    def moments(self, video: Tensor) -> dict[str, Tensor]:
+        """[B, 3, T, H, W] in [-1, 1] -> ``mean`` and ``logvar`` [B, C, T, h, w], of which `latents_of` draws."""
+        return self.encode_distribution(video).moments()
+
+    def latents_of(self, moments: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """What `encode` draws from the video that has these moments."""
+        posterior = Posterior(moments["mean"], moments["logvar"])
+        return SCALE * posterior.at(_noise(draws, posterior.mean, 0))
+
     def encode_distribution(self, video: Tensor) -> Posterior:
         """[B, 3, T, H, W] -> the posterior of [B, C, T, h, w], before the factor 0.18215 that `encode` applies.
 

@@ -46,6 +46,10 @@ class Posterior:
         """Variances, like `mean`."""
         return torch.exp(self.logvar)
 
+    def moments(self) -> dict[str, Tensor]:
+        """``mean`` and ``logvar`` by name, as they are kept."""
+        return {"mean": self.mean, "logvar": self.logvar}
+
     def mode(self) -> Tensor:
         """The most likely latents: the mean."""
         return self.mean

@@ -9,7 +9,7 @@ Shapes: B batch, C channels, T frames, t latent frames, H W size (the same befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import ClassVar, Literal, cast
 
@@ -220,6 +220,14 @@ class TemporalVAE(nn.Module):
         """[B, C, T, H, W] -> float32 [B, embed_dim, ceil(T / f), H, W]. None for ``draws`` takes the posterior's mean."""
         posterior = self.encode_distribution(video)
         return posterior.mode() if draws is None else posterior.sample(draws, name="temporal posterior")
+
+    def moments(self, video: Tensor) -> dict[str, Tensor]:
+        """[B, C, T, H, W] -> ``mean`` and ``logvar``, of which `latents_of` draws."""
+        return self.encode_distribution(video).moments()
+
+    def latents_of(self, moments: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """What `encode` draws from the video that has these moments."""
+        return Posterior(moments["mean"], moments["logvar"]).sample(draws, name="temporal posterior")
 
     def encode_distribution(self, video: Tensor) -> Posterior:
         """[B, C, T, H, W] -> the posterior of [B, embed_dim, ceil(T / f), H, W].

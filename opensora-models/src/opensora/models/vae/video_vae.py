@@ -123,6 +123,32 @@ class VideoAutoencoderPipeline(nn.Module):
             latents = _sample(posterior, own_draws)
             yield latents if self.spec.cal_loss else (latents - self.shift) / self.scale
 
+    def moments(self, video: Tensor) -> dict[str, Tensor]:
+        """[B, 3, T, H, W] in [-1, 1] -> ``mean`` and ``logvar`` [B, C', t, h, w], of which `latents_of` draws, and their scale.
+
+        They are those of the second posterior, given the mean of the first: unlike `encode`, `latents_of` draws once. Image
+        latents are close to certain, so that it hardly matters.
+        """
+        check_channels(video, 3, what="Videos")
+        posterior = Posterior.cat([each for _, each, _ in self._iter_posteriors(video, None)])
+        if self.spec.cal_loss:
+            return posterior.moments()
+        per_channel = (len(video), -1, 1, 1, 1)
+        scaling = {"shift": self.shift, "scale": self.scale}
+        return posterior.moments() | {
+            name: each.reshape(1, -1, 1, 1, 1).expand(per_channel) for name, each in scaling.items()
+        }
+
+    def latents_of(self, moments: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """Latents as `encode` gives them, of these moments; chunk by chunk, as they were encoded."""
+        pairs = (chunks(moments[name], self.latent_chunk) for name in ("mean", "logvar"))
+        drawn = [
+            _sample(Posterior(mean, logvar), PieceDraws(draws, f"chunk {index}"))
+            for index, (mean, logvar) in enumerate(zip(*pairs, strict=True))
+        ]
+        latents = torch.cat(drawn, dim=2)
+        return latents if self.spec.cal_loss else (latents - moments["shift"]) / moments["scale"]
+
     def decode(self, latents: Tensor, *, num_frames: int) -> Tensor:
         """[B, C', t, h, w] -> float32 [B, 3, num_frames, 8h, 8w].
 
