@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opensora.core.accelerator import Accelerator, DtypeName
 from opensora.core.errors import ConfigError, MachineError
+from opensora.core.shares import Shares
 
 __all__ = ["Place", "Processes", "ProcessesSpec", "own_device", "read_place"]
 
@@ -73,6 +74,11 @@ class Processes(Accelerator):
                 f"accelerator.sp_size is {spec.sp_size}, but {self.world_size} processes can't be dealt out in groups of so "
                 "many. Start a multiple of it."
             )
+
+    @classmethod
+    def shares(cls, spec: Any, world_size: int) -> Shares:  # noqa: ARG003  # others need it
+        """As `Accelerator.shares`: of the tokens."""
+        return Shares(activations=1 / spec.sp_size)
 
     @property
     def data_rank(self) -> int:
@@ -193,7 +199,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     """
     needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not environment.get(name)]:
-        raise MachineError(f'accelerator "ddp" found no {", ".join(missing)} in the environment. {HOW_TO_START}')
+        raise MachineError(f"An accelerator of several processes found no {', '.join(missing)} in the environment. {HOW_TO_START}")
     try:
         return Place(*(int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     except ValueError as error:

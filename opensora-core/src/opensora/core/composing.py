@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -88,7 +88,7 @@ def resolved_values(spec: RunSpec) -> dict[str, Any]:
             own, of_core = split_options(kind, config)
             values[key] = {"type": config.type, **of_core, **unstructure(structure_spec(kind, own))}
     values["hooks"] = [{"type": each.type, **unstructure(structure_spec("hooks", each))} for each in spec.hooks]
-    this_run = ("run_folder", "resume", "load", "start_from_scratch", "save_dir", "skip_existing")
+    this_run = ("run_folder", "resume", "load", "start_from_scratch", "allow_changes", "save_dir", "skip_existing")
     return {key: value for key, value in values.items() if key not in this_run}
 
 
@@ -106,7 +106,13 @@ def build_accelerator(spec: RunSpec) -> Accelerator:
 
 
 def build_parts(
-    spec: CompositionSpec, *, size_of: Callable[[], Size | None], meta: bool = False, load_pretrained: bool = True
+    spec: CompositionSpec,
+    *,
+    size_of: Callable[[], Size | None],
+    meta: bool = False,
+    load_pretrained: bool = True,
+    vae: VideoAutoencoder | None = None,
+    text_encoder: TextEncoder | None = None,
 ) -> Parts:
     """Build text encoder, VAE, scheduler and denoiser.
 
@@ -115,10 +121,16 @@ def build_parts(
         size_of: Returns the (T, H, W) of the videos in pixels, or None if they differ. Called once the VAE exists.
         meta: Build on the meta device: shapes without memory; nothing is loaded.
         load_pretrained: Whether the denoiser takes the weights of ``model.from_pretrained``.
+        vae: To be used instead of the configured one.
+        text_encoder: The same.
     """
+    state = torch.get_rng_state()  # each part starts from it: its weights don't depend on which others are built
     with on_meta(meta):
-        text_encoder = build("text_encoders", split_options("text_encoders", spec.text_encoder)[0], meta=meta)
-        vae = build("vaes", spec.vae, meta=meta)
+        if text_encoder is None:
+            text_encoder = build("text_encoders", split_options("text_encoders", spec.text_encoder)[0], meta=meta)
+        torch.set_rng_state(state)
+        vae = build("vaes", spec.vae, meta=meta) if vae is None else vae
+    torch.set_rng_state(state)
     scheduler = build("schedulers", spec.scheduler)
     size = size_of()
     latent_size = vae.latent_size(size) if size else None
@@ -135,6 +147,8 @@ def build_parts(
         )
     if weights["from_pretrained"] and load_pretrained and not meta:
         load_weights(denoiser, weights["from_pretrained"], partial=weights["partial"], grow=weights["grow"])
+    if weights["adapter"] and load_pretrained and not meta:
+        load_adapter(denoiser, Path(weights["adapter"]))
     for part in (vae, text_encoder):
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
@@ -147,8 +161,6 @@ def build_parts(
 class TextPlacement:
     """Where a text encoder computes: options of ``text_encoder`` that core takes from it, whichever it is."""
 
-    if weights["adapter"] and load_pretrained and not meta:
-        load_adapter(denoiser, Path(weights["adapter"]))
     device: str | None = None
     """As torch names it: "cpu" leaves the GPU's memory to the denoiser. None: that of the run."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
@@ -202,6 +214,13 @@ def split_model_options(config: ComponentConfig) -> tuple[ComponentConfig, dict[
         raise ConfigError(
             f"model.from_pretrained is {weights['from_pretrained']!r}; it must be a path or hub id, or None."
         )
+    if not isinstance(weights["adapter"], str | None):
+        raise ConfigError(f"model.adapter is {weights['adapter']!r}; it must be a run folder or checkpoint, or None.")
+    if weights["adapter"] and not weights["from_pretrained"]:
+        raise ConfigError(
+            "model.adapter needs model.from_pretrained, the weights that it was trained on. "
+            "Or give its run folder to from_pretrained: it knows them."
+        )
     for name in ("partial", "grow"):
         if not isinstance(weights[name], bool):
             raise ConfigError(f"model.{name} is {weights[name]!r}; it must be True or False.")
@@ -214,13 +233,6 @@ def place(
     part: object, accelerator: Accelerator, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Move a part that isn't trained, if it is a module, to a device in a dtype; None is the accelerator's."""
-    if not isinstance(weights["adapter"], str | None):
-        raise ConfigError(f"model.adapter is {weights['adapter']!r}; it must be a run folder or checkpoint, or None.")
-    if weights["adapter"] and not weights["from_pretrained"]:
-        raise ConfigError(
-            "model.adapter needs model.from_pretrained, the weights that it was trained on. "
-            "Or give its run folder to from_pretrained: it knows them."
-        )
     if isinstance(part, nn.Module):
         accelerator.place(part, device=device, dtype=dtype)
 
@@ -235,25 +247,3 @@ def wrap(denoiser: Denoiser, hooks: Hooks, spec: Any) -> Denoiser:
     for wrapper in hooks.denoiser_wrapper(spec=spec):
         denoiser = wrapper(denoiser)
     return denoiser
-
-
-def checkpoint_activations(denoiser: nn.Module) -> int:
-    """Keep only the inputs of each block for backward, and compute the rest again: less memory, about a third more time.
-
-    A block is a member of an ``nn.ModuleList`` that is not itself within one. Parameters and their names stay as they are.
-
-    Returns:
-        How many blocks.
-    """
-    blocks = list(_iter_blocks(denoiser))
-    for block in blocks:
-        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-    return len(blocks)
-
-
-def _iter_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):  # lists may hold lists
-            yield child
-        else:
-            yield from _iter_blocks(child)

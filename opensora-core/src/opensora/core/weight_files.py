@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opensora.core.checkpoints import find_checkpoint, list_checkpoints
 from opensora.core.errors import CheckpointError, WeightsError
+from opensora.core.sharded_checkpoints import is_sharded_checkpoint, read_tensors, stems
 
 __all__ = ["EXTRA", "SUFFIXES", "choose_files", "model_folder", "read_config", "read_weights", "unwrap"]
 
@@ -104,6 +105,8 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     for name in _SINGLES:
         if (single := folder / name).exists():
             return read_weights(single) | _read_extra(folder)
+    if is_sharded_checkpoint(folder):
+        return _read_checkpoint_shards(folder)
     if (folder / "model").is_dir():  # Open-Sora's training checkpoints; their averages are in ema.pt beside it
         return _read_folder(folder / "model")
     weights = [path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name != EXTRA]
@@ -118,6 +121,15 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     raise WeightsError(
         f"{folder} holds no weights: looked for {', '.join((*_INDEXES, *_SINGLES))} and checkpoints/. {found}".rstrip()
     )
+
+
+def _read_checkpoint_shards(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint that several processes have written, or the plain ones."""
+    try:
+        there = stems(folder)
+        return read_tensors(folder, "ema" if "ema" in there else "model")
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
+        raise WeightsError(f"{folder} can't be read ({error}). Use an earlier checkpoint.") from error
 
 
 def _read_extra(folder: Path) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def _run(arguments: list[str]) -> int:
     rest, overrides = split_overrides(arguments, {*_OWN_FLAGS, *(flag.name for flag in FLAGS)})
     parser = _parser(_defaults(rest) if {"-h", "--help"} & set(rest) else {})
     options = parser.parse_args(rest)
-    if options.port is not None and options.nproc == 1:
+    if options.port is not None and options.nproc is None:
         raise ConfigError("--port is where several processes meet; it needs --nproc.")
     set_up_logging()
     if is_launched():
@@ -61,7 +61,7 @@ def _run(arguments: list[str]) -> int:
     pipeline = compose(load_config(options, overrides))
     if options.dry_run:
         print(pipeline.dry_run())
-    elif options.nproc > 1 and not is_launched():
+    elif options.nproc is not None and not is_launched():
         return launch(arguments, nproc=options.nproc, port=options.port)
     else:
         pipeline.run()
@@ -145,7 +145,7 @@ def _parser(defaults: Mapping[str, str]) -> Parser:
     )
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="a config file, or the name of an installed one")
     parser.add_argument("--from", dest="sample", metavar="SAMPLE", help="make this sample again, instead of CONFIG")
-    parser.add_argument("--nproc", type=_positive, default=1, metavar="N", help="processes to run on this machine [1]")
+    parser.add_argument("--nproc", type=_positive, metavar="N", help="processes to run on this machine [just this one]")
     parser.add_argument("--port", type=_port, metavar="N", help="port on which they meet [a free one]")
     parser.add_argument("--dry-run", action="store_true", help="check it, and print sizes and costs; writes nothing")
     parser.add_argument("--trust-config", action="store_true", help="execute the config as Python")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from opensora.core.adapters import kept
 from opensora.core.errors import CheckpointError
 from opensora.core.hookspecs import hook
+from opensora.core.sharding import own_part
 
 if TYPE_CHECKING:
     from opensora.core.pipelines.loop import LoopRun, Update
@@ -57,8 +58,9 @@ class EMA:
             return
         warming = self.spec.warmup and not self.has_history
         decay = min(self.spec.decay, (1 + update.step) / (10 + update.step)) if warming else self.spec.decay
-        weights = [parameter.detach() for parameter in self._weights]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        weights = [own_part(parameter.detach()) for parameter in self._weights]
+        averages = [own_part(average) for average in self.averages.values()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @hook
     def save_tensors(self, run: LoopRun) -> Mapping[str, Mapping[str, Tensor]]:
@@ -84,16 +86,25 @@ class EMA:
     @contextmanager
     def applied(self, denoiser: nn.Module) -> Iterator[None]:
         """Put the averages into ``denoiser`` for the length of the block."""
-        parameters = dict(denoiser.named_parameters())
-        kept = {name: parameters[name].detach().clone() for name in self.averages}
-        with torch.no_grad():
+        with _changing():
+            parameters = dict(denoiser.named_parameters())
+            weights = {name: own_part(parameters[name].detach()) for name in self.averages}
+            before = {name: weight.clone() for name, weight in weights.items()}
             for name, average in self.averages.items():
-                parameters[name].copy_(average)
-            try:
-                yield
-            finally:
-                for name, weight in kept.items():
-                    parameters[name].copy_(weight)
+                weights[name].copy_(own_part(average))
+        try:
+            yield
+        finally:
+            with _changing():
+                for name, weight in before.items():
+                    weights[name].copy_(weight)
+
+
+@contextmanager
+def _changing() -> Iterator[None]:
+    """Where weights may be changed, even if samples are being made: parts of DTensors can't be had in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def trained(run: LoopRun) -> dict[str, nn.Parameter]:

@@ -7,8 +7,9 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -17,18 +18,22 @@ from torch import Tensor, nn
 
 from opensora.core.accelerator import Accelerator
 from opensora.core.adapters import adapter_state, kept, load_kept
-from opensora.core.checkpoints import Checkpoint, save_checkpoint
+from opensora.core.checkpoints import Checkpoint
 from opensora.core.errors import NonFiniteLossError, PeerError, UserError
 from opensora.core.hooking import Hooks
 from opensora.core.hooks.ema import EMA
-from opensora.core.loading import Batch, Order, Place, Slicing, UnreadableFiles, iter_batches
+from opensora.core.loading import Batch, UnreadableFiles, iter_batches
 from opensora.core.optimization import learning_rate_factor, restore_optimizer
+from opensora.core.orders import Order, Place, Slicing
 from opensora.core.pipelines.train_spec import LoopSpec
 from opensora.core.protocols import Dataset, Size
 from opensora.core.randomness import generator_for
+from opensora.core.saving import Saver
+from opensora.core.sharding import Like, TensorPath, is_sharded
 from opensora.core.stopping import Interrupted, StopRequest
+from opensora.core.watchdog import Watchdog
 
-__all__ = ["Counters", "LoopRun", "Update", "make_step", "read_together", "train"]
+__all__ = ["Counters", "LogWindow", "LoopRun", "Update", "make_step", "read_together", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +91,22 @@ class LoopRun:
     hooks: Hooks
     stop: StopRequest
     counters: Counters = field(factory=Counters)
+    config: Mapping[str, Any] = field(factory=dict)
+    """What checkpoints say that the run was made with."""
     last_checkpoint: Path | None = None
     last_saved_step: int = -1
     ema: EMA | None = None
     """Set by the hook of that name."""
     noted: dict[str, list[Tensor]] = field(factory=dict)
     """What `note` was given in the step that is being made."""
+    sample_losses: list[Tensor] = field(factory=list)
+    """Of each micro-batch of the newest step, [B], detached, where `loss` knows them: which sample was it?"""
+    watchdog: Watchdog = field(factory=lambda: Watchdog(0))
+    """Tell it what takes long besides steps: ``run.watchdog.beat("validation, batch 3")`` begins the time limit anew."""
+    saver: Saver = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.saver = Saver(self.folder / "checkpoints", self.accelerator, in_background=self.spec.async_checkpoints)
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss over a micro-batch's nominal size; samples that could not be read count as zero.
@@ -125,31 +140,68 @@ class LoopRun:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def save_checkpoint(self) -> Path:
+    def save_checkpoint(self) -> None:
         """Write a checkpoint of this moment; all processes must call it.
 
+        With ``async_checkpoints`` it is written while the run goes on, and whole once `finish_saving` has returned; before,
+        the one that is being written is waited for.
+
         Raises:
-            CheckpointError: It can't be written, in whichever process.
+            CheckpointError: It can't be written, in whichever process; or the one before.
         """
+        self.finish_saving()
+        self.watchdog.beat(f"saving step {self.counters.step}")
         added = {stem: tensors for files in self.hooks.save_tensors(run=self) for stem, tensors in files.items()}
 
-        def save() -> Path:
+        def build() -> Checkpoint:
             own = self.checkpoint()
-            checkpoint = attrs.evolve(own, tensors={**own.tensors, **added})
-            return save_checkpoint(self.folder / "checkpoints", self.counters.step, checkpoint)
+            return attrs.evolve(own, tensors={**own.tensors, **added})
 
-        path = self.accelerator.from_main(save)
-        self.last_checkpoint, self.last_saved_step = path, self.counters.step
+        self.saver.begin(self.counters.step, build)
+        if not self.spec.async_checkpoints:
+            self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one; all processes must call it.
+
+        Raises:
+            CheckpointError: It could not be written, in whichever process.
+        """
+        if self.saver.step is None:
+            return
+        step, path = self.saver.step, self.saver.finish()
+        self.last_checkpoint, self.last_saved_step = path, step
         self.hooks.checkpoint_saved(run=self, path=path)
-        return path
+        self.watchdog.beat(f"hooks after saving step {step}")
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on from this moment, besides what hooks add."""
         return Checkpoint(
             tensors={"model": kept(self.module, self.module.state_dict())},
             optimizer={"optimizer": self.optimizer.state_dict(), "scaler": self.accelerator.scaler_state()},
-            state={"seed": self.spec.seed, **adapter_state(self.module), **attrs.asdict(self.counters)},
+            state={
+                "seed": self.spec.seed,
+                **adapter_state(self.module),
+                **attrs.asdict(self.counters),
+                "config": self.config,
+            },
         )
+
+    def like(self) -> Like | None:
+        """How a checkpoint's tensors are to be dealt out: as the parameters that they are of. None: each process has all."""
+        if not self.accelerator.shards_state:
+            return None
+        named = self.module.state_dict()
+        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+
+        def find(path: TensorPath, size: torch.Size) -> Tensor | None:
+            if path[:3] == ("optimizer", "optimizer", "state"):
+                own = parameters[int(path[3])] if int(path[3]) < len(parameters) else None
+            else:
+                own = named.get(str(path[1]))  # hooks add tensors of the same names
+            return own if own is not None and is_sharded(own) and own.shape == size else None
+
+        return find
 
     def restore(self, checkpoint: Checkpoint) -> Counters:
         """Take back what `checkpoint` returned, and return the counters. Options of the optimizer stay the config's.
@@ -157,7 +209,7 @@ class LoopRun:
         Raises:
             KeyError, TypeError, RuntimeError, ValueError: It is of another model.
         """
-        state = {key: value for key, value in checkpoint.state.items() if key not in ("seed", "adapter")}
+        state = {key: value for key, value in checkpoint.state.items() if key in attrs.fields_dict(Counters)}
         counters = Counters(**{**state, "place": Place(**state["place"])})
         load_kept(self.module, checkpoint.tensors["model"], checkpoint.state.get("adapter"))
         restore_optimizer(self.optimizer, checkpoint.optimizer["optimizer"])
@@ -166,8 +218,11 @@ class LoopRun:
 
     def ensure_saved(self) -> Path:
         """The checkpoint of this moment, written if it isn't yet; see `save_checkpoint`."""
+        self.finish_saving()
         if self.last_checkpoint is None or self.last_saved_step != self.counters.step:
-            return self.save_checkpoint()
+            self.save_checkpoint()
+            self.finish_saving()
+        assert self.last_checkpoint is not None  # it was saved
         return self.last_checkpoint
 
 
@@ -178,6 +233,7 @@ def train(run: LoopRun) -> None:
         Interrupted: A signal asked to stop; a checkpoint was saved.
         NonFiniteLossError: Too many steps in a row had no finite gradients.
         DataError: Too many files can't be read.
+        CheckpointError: A checkpoint can't be written.
         PeerError: Another process could not go on.
     """
     window = LogWindow(run)
@@ -188,7 +244,8 @@ def train(run: LoopRun) -> None:
             run.watchdog.beat(f"step {run.counters.step + 1}", times=3 if run.counters.step == first else 1)
             micro_batches = read_together(run, batches)
             update = make_step(run, micro_batches)
-            window.add(update)
+            if record := window.add(update):
+                run.hooks.log(run=run, record=record)
             run.watchdog.beat(f"hooks after step {update.step}")
             run.hooks.step_end(run=run, update=update)
             check_finite(run, update, micro_batches)
@@ -214,17 +271,19 @@ def read_together(run: LoopRun, batches: Iterator[Batch]) -> list[Batch]:
     Processes agree before the step, since one that gave up alone would leave the others waiting for its gradients.
 
     Raises:
-        Interrupted, DataError, PeerError: See `train`.
+        Interrupted, DataError, PeerError, CheckpointError: See `train`.
     """
     error: UserError | None = None
     micro_batches = []
     try:
+        run.saver.check()
         for batch in islice(batches, run.slicing.accumulation):
             run.unreadable.record(batch)
             micro_batches.append(batch)
     except UserError as failure:
         error = failure
-    worst = run.accelerator.highest(2 if error else 1 if run.stop else 0)
+    highest = run.accelerator.highest(2 * (2 if error else 1 if run.stop else 0) + run.saver.is_writing)
+    worst, any_is_writing = divmod(highest, 2)
     if error:
         raise error
     if worst == 2:
@@ -236,6 +295,8 @@ def read_together(run: LoopRun, batches: Iterator[Batch]) -> list[Batch]:
             f"Go on with: opensora-run {run.folder}/config.py --load {run.folder}",
             signal_number=run.stop.signal_number or signal.SIGTERM,
         )
+    if not any_is_writing:
+        run.finish_saving()
     return micro_batches
 
 
@@ -287,18 +348,36 @@ def check_finite(run: LoopRun, update: Update, batches: list[Batch]) -> None:
     """
     if not update.is_left_out:
         return
-    paths = [path for batch in batches for path in batch.paths][:8]
-    log.warning("Step %d is left out: loss or gradients are not finite. Its samples: %s", update.step, ", ".join(paths))
+    suspects = find_suspects(run, batches)
+    if run.accelerator.is_main:
+        log.warning("Step %d is left out: %s", update.step, suspects)
     if run.counters.left_out_in_a_row >= run.spec.max_left_out:
         good = run.last_checkpoint or "none yet"
         raise NonFiniteLossError(
-            f"The loss was not finite in {run.counters.left_out_in_a_row} steps in a row, up to step {update.step}. "
-            f"Last good checkpoint: {good}. Try a lower lr, grad_clip = 1.0, or --dtype fp32; look at {', '.join(paths)}."
+            f"The loss was not finite in {run.counters.left_out_in_a_row} steps in a row, up to step {update.step}: "
+            f"{suspects} Last good checkpoint: {good}. Try a lower lr, grad_clip = 1.0, or --dtype fp32; look at these "
+            f"samples with: opensora-run {run.folder}/config.py --pipeline replay --step {update.step}"
         )
 
 
+def find_suspects(run: LoopRun, batches: list[Batch]) -> str:
+    """Which samples of the step had no finite loss, in whichever process; all, where each loss is finite or unknown."""
+    shown = [
+        (f"{path or 'a sample'} (row {key.index})", loss)
+        for batch, losses in zip_longest(batches, run.sample_losses)
+        if len(batch)  # what stands in for unreadable samples is none
+        for path, key, loss in zip_longest(batch.paths, batch.keys, [] if losses is None else losses.tolist())
+    ]
+    everywhere = [each for own in run.accelerator.gather(shown) for each in own]
+    bad = [name for name, loss in everywhere if loss is not None and not math.isfinite(loss)]
+    names = list(dict.fromkeys(bad or [name for name, _ in everywhere]))  # processes may share samples
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    what = f"the loss of {listed} is" if bad else f"loss or gradients of {listed} are"
+    return f"{what} not finite."
+
+
 class LogWindow:
-    """Gathers updates and calls the ``log`` hook every ``log_every`` steps: only then is the device waited for."""
+    """Gathers updates and makes a record of them every ``log_every`` steps: only then is the device waited for."""
 
     def __init__(self, run: LoopRun) -> None:
         self.run = run
@@ -306,14 +385,14 @@ class LogWindow:
         self._metrics: dict[str, list[Tensor]] = {}
         self._since = time.perf_counter()
 
-    def add(self, update: Update) -> None:
-        """Take one more update; at the end of a window, call the hook."""
+    def add(self, update: Update) -> dict[str, float] | None:
+        """Take one more update; at the end of a window, return what the ``log`` hook is told."""
         run = self.run
         self._losses.append(update.loss)
         for name, value in update.metrics.items():
             self._metrics.setdefault(name, []).append(value)
         if update.step % run.spec.log_every and update.step != run.max_steps:
-            return
+            return None
         windows = [self._losses, *self._metrics.values()]
         means = torch.stack([update.loss, *(torch.stack(window).mean() for window in windows)])
         loss, average, *metrics = run.accelerator.mean(means).tolist()
@@ -331,4 +410,4 @@ class LogWindow:
             **dict(zip(self._metrics, metrics, strict=True)),
         }
         self._losses, self._metrics, self._since = [], {}, time.perf_counter()
-        run.hooks.log(run=run, record=record)
+        return record

@@ -268,14 +268,14 @@ def build_run(
         module=parts.denoiser,
         predict=predict,
         parameters=parameters,
-        optimizer=build_optimizer(parameters, spec),
+        optimizer=accelerator.prepare_optimizer(build_optimizer(parameters, spec)),
         dataset=features.dataset(dataset, hint=extract_hint(folder)) if features else dataset,
         features=features,
         order=order,
         slicing=slicing,
         clip_size=size,
         unreadable=UnreadableFiles(
-            new_listing(folder, accelerator), len(dataset), spec.max_unreadable, lists=accelerator.writes_samples
+            new_listing(folder, accelerator), len(dataset), spec.max_unreadable, lists=accelerator.lists_clips
         ),
         mask_ratios=check_mask_ratios(spec.mask_ratios) if spec.mask_ratios else None,
         max_steps=max_steps,
