@@ -593,6 +593,10 @@ def test_what_python_can_not_start_is_refused(values: dict[str, Any], write: Cal
         load(write(values)).start([])
 
 
+def test_a_video_says_what_it_is_and_not_its_pixels(values: dict[str, Any], write: Callable[..., Path]) -> None:
+    assert repr(load(write(values))("a wave", seed=5)) == "<Video 4 x 16 x 16 at 8 fps: 'a wave', seed 5>"
+
+
 def test_unknown_settings_are_refused(values: dict[str, Any], write: Callable[..., Path]) -> None:
     pipeline = load(write(values))
     with pytest.raises(ValueError, match='Did you mean "num_frames"'):

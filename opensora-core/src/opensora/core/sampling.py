@@ -46,7 +46,7 @@ from opensora.core.video_writing import format_of
 __all__ = ["SamplingPipeline", "Video", "load"]
 
 
-@frozen(kw_only=True, eq=False)
+@frozen(kw_only=True, eq=False, repr=False)
 class Video:
     """A sampled video or image."""
 
@@ -58,6 +58,10 @@ class Video:
     """What it was made of: text, seed, size."""
     recipe: Mapping[str, Any]
     """What makes it again."""
+
+    def __repr__(self) -> str:
+        frames, height, width, _ = self.frames.shape
+        return f"<Video {frames} x {height} x {width} at {self.fps:g} fps: {self.request.text!r}, seed {self.request.seed}>"
 
     def save(self, path: str | Path, *, crf: int | None = None) -> None:
         """Write the file that the name's ending says (.mp4, .gif, .png; without: a folder of png files), and its recipe.
