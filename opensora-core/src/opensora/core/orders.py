@@ -265,8 +265,8 @@ class BatchOrder:
     def epochs(self, place: Place) -> float:
         """See `Order`; batches that other numbers of processes took count as theirs."""
         seen = place.batch / max(1, len(self.of_epoch(place.epoch, place.processes or 1, place.begun)))
-        for processes, batches in reversed(place.begun):
-            share = batches / len(self.of_epoch(place.epoch, processes))
+        for part, (processes, batches) in reversed(list(enumerate(place.begun))):
+            share = batches / len(self.of_epoch(place.epoch, processes, place.begun[:part]))
             seen = share + (1 - share) * seen
         return place.epoch + seen
 
