@@ -55,7 +55,10 @@ RESULT_EXTENSIONS: Mapping[ResultFormat, str] = {"mp4": ".mp4", "gif": ".gif", "
 """What the name of a result ends in; ``frames`` is a folder."""
 
 _SMALL = 128
-"""Pixels: frames of fewer a side are encoded without B-frames."""
+"""Pixels: of pictures with a shorter side each frame is encoded by itself."""
+_ALONE = {"g": "1", "bf": "0", "x264-params": "rc-lookahead=0:mbtree=0:scenecut=0"}
+"""For x264: no frame is predicted from others. Its look ahead and its search for motion read memory beyond small pictures that
+they have not written, so that the same frames give other bytes now and then."""
 _NOT_WRITTEN = re.compile(r"\.(3gp|apng|avi|avif|bmp|flv|jpe?g|json|m4v|mkv|mov|mpe?g|tiff?|webm|webp|wmv)")
 _FOLDER_FILES = re.compile(r"\d{4,}\.png|frames\.json|recipe\.json")
 
@@ -273,7 +276,7 @@ class VideoWriter(Sink):
         assert self._container is not None
         options = {"crf": str(self._crf)}
         if min(height, width) < _SMALL:
-            options["bf"] = "0"  # else x264's look ahead reads memory that it hasn't written, and results vary
+            options |= _ALONE
         stream = self._container.add_stream("libx264", rate=self._rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
         codec = stream.codec_context
