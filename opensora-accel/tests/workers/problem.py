@@ -36,7 +36,7 @@ def train(accelerator, *, micro_batches: list[list[slice]]) -> dict[str, torch.T
     torch.manual_seed(accelerator.rank)  # the main process's initial weights are to win
     denoiser = Small()
     predict = accelerator.prepare(denoiser)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=0.01)
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(denoiser.parameters(), lr=0.01))
     norms, losses = [], []
     for step in range(STEPS):
         latents, timestep, conditioning = step_data(step)

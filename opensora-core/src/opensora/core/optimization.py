@@ -152,7 +152,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     Raises:
         ValueError: The state is of another kind of optimizer, or of other parameters.
     """
-    known = inspect.signature(type(optimizer)).parameters
+    inner = getattr(optimizer, "optim", optimizer)  # what an accelerator has wrapped
+    known = inspect.signature(type(inner)).parameters
     options = [
         {key: value for key, value in group.items() if key in known and key != "params"}
         for group in optimizer.param_groups
@@ -161,7 +162,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     off = (None, False)  # options that a newer torch has added
     foreign = [key for group in options for key, value in group.items() if key not in saved and not _is_any(value, off)]
     if foreign:
-        raise ValueError(f"its optimizer has no {foreign[0]}: it is of another kind than {type(optimizer).__name__}")
+        raise ValueError(f"its optimizer has no {foreign[0]}: it is of another kind than {type(inner).__name__}")
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
