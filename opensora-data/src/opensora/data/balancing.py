@@ -15,7 +15,8 @@ from attrs import define, field
 
 from opensora.core.protocols import Size
 from opensora.core.randomness import seed_for
-from opensora.data.buckets import NO_BUCKET, Bucket, EpochBatches, Integers, shuffle_within_buckets
+from opensora.data.bucket_odds import NO_BUCKET, Integers
+from opensora.data.buckets import Bucket, EpochBatches, shuffle_within_buckets
 
 __all__ = ["TOLERANCE", "BalancedBatches", "balanced_batches"]
 

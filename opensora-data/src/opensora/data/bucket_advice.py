@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from opensora.core.sizes import RESOLUTIONS, nominal_pixels
-from opensora.data.buckets import ENLARGED, Buckets, Fate, Integers, Length, Resolution
+from opensora.data.bucket_odds import ENLARGED, Fate, Integers, Length, Resolution
+from opensora.data.buckets import Buckets
 
 __all__ = ["smallest_change"]
 

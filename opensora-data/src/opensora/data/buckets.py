@@ -8,7 +8,6 @@ config, the rows, the seed and the epoch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -19,42 +18,12 @@ from opensora.core.errors import ConfigError, did_you_mean
 from opensora.core.protocols import Size
 from opensora.core.randomness import SampleKey, seed_for
 from opensora.core.sizes import RESOLUTIONS, nominal_pixels
+from opensora.data.bucket_odds import NO_BUCKET, Integers, Length, Odds, Resolution, uniform
 
-__all__ = [
-    "ENLARGED",
-    "NO_BUCKET",
-    "Bucket",
-    "Buckets",
-    "EpochBatches",
-    "Fate",
-    "Length",
-    "Resolution",
-    "shuffle_within_buckets",
-]
+__all__ = ["Bucket", "Buckets", "EpochBatches", "shuffle_within_buckets"]
 
-Integers = npt.NDArray[np.int64]
-NO_BUCKET = -1
-"""In place of a bucket's number."""
-_CHUNK = 1 << 18
+_CHUNK = 1 << 15
 """Rows that are looked at together: what is computed on the way takes memory, and fits the cache, for so many alone."""
-ENLARGED = 0.8
-"""Clips with at least this share of a resolution's pixels are taken for it, and slightly enlarged."""
-
-
-class Fate(IntEnum):
-    """What becomes of a row; of several resolutions that turn it away, the highest counts: it came nearest there."""
-
-    TOO_SMALL = 0
-    """It has too few pixels."""
-    NO_IMAGES = 1
-    """It is an image, and where it is large enough there is no length 1."""
-    TOO_SHORT = 2
-    """Where it is large enough, it is not longer than the shortest length."""
-    TOO_LONG = 3
-    """It has a length of probability 0, which stops longer clips."""
-    TURNED_AWAY = 4
-    """The draws of this epoch were against it."""
-    USED = 5
 
 
 @frozen(kw_only=True)
@@ -72,31 +41,6 @@ class Bucket:
     def size(self) -> Size:
         """(T, H, W)."""
         return self.num_frames, self.height, self.width
-
-
-@frozen(kw_only=True)
-class Length:
-    """One length at one resolution."""
-
-    num_frames: int
-    accept: float
-    """Probability that a clip is taken at this resolution; otherwise the next smaller one is tried."""
-    choose: float
-    """Probability that a clip long enough is taken at this length; otherwise the next shorter one is tried."""
-    first_bucket: int
-    """Number of the bucket of the resolution's first aspect key."""
-
-
-@frozen
-class Resolution:
-    """A resolution of a config."""
-
-    name: str
-    pixels: int
-    lengths: Sequence[Length]
-    """Longest first."""
-    aspects: npt.NDArray[np.float64]
-    """Height / width of each aspect key."""
 
 
 @frozen
@@ -161,48 +105,15 @@ class Buckets:
         self, num_frames: Integers, height: Integers, width: Integers, *, frame_interval: int, seed: int, epoch: int
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]:
         """As `assign`, and how far each row came: the highest `Fate` that any resolution had for it, int8 [rows]."""
-        found = np.full(len(num_frames), NO_BUCKET, np.int32)
-        fates = np.full(len(num_frames), Fate.TOO_SMALL, np.int8)
+        found = np.empty(len(num_frames), np.int32)
+        fates = np.empty(len(num_frames), np.int8)
+        odds = Odds.of(self.resolutions, frame_interval)
+        key = seed_for("bucket of a row", seed, epoch)
         for start in range(0, len(num_frames), _CHUNK):
             part = slice(start, start + _CHUNK)
             columns = num_frames[part], height[part], width[part]
-            self._assign(*columns, found[part], fates[part], start, frame_interval, _Draw(seed, epoch))
+            found[part], fates[part] = odds.draw(*columns, uniform(key, start, len(columns[0])))
         return found, fates
-
-    def _assign(
-        self,
-        num_frames: Integers,
-        height: Integers,
-        width: Integers,
-        found: npt.NDArray[np.int32],
-        fates: npt.NDArray[np.int8],
-        offset: int,
-        frame_interval: int,
-        draw: _Draw,
-    ) -> None:
-        """Write the buckets and fates of some rows, of which the first is row ``offset`` of the table."""
-        pixels = height * width
-        for resolution in self.resolutions:
-            rows = np.flatnonzero((found == NO_BUCKET) & (pixels >= ENLARGED * resolution.pixels))
-            for length in resolution.lengths:
-                if not len(rows):
-                    break
-                frames = num_frames[rows]
-                shortest = length.num_frames * frame_interval
-                fits = frames == 1 if length.num_frames == 1 else (frames > 1) & (frames > shortest)
-                place = resolution.name, length.num_frames
-                chosen = draw.below("length", *place, rows[fits] + offset, length.choose)
-                if length.choose:  # with probability 0 it is as if it weren't there
-                    _raise(fates, rows[fits][~chosen], Fate.TURNED_AWAY)
-                fits[fits] = chosen
-                fitting = rows[fits]
-                accepted = draw.below("resolution", *place, fitting + offset, length.accept)
-                taken = fitting[accepted]
-                found[taken] = length.first_bucket + _nearest(resolution.aspects, height[taken] / width[taken])
-                fates[taken] = Fate.USED
-                _raise(fates, fitting[~accepted], Fate.TURNED_AWAY if length.accept else Fate.TOO_LONG)
-                rows = rows[~fits]
-            _raise(fates, rows, np.where(num_frames[rows] == 1, Fate.NO_IMAGES, Fate.TOO_SHORT).astype(np.int8))
 
     def in_use(self) -> Iterator[Bucket]:
         """The buckets that clips can fall into."""
@@ -278,42 +189,6 @@ def shuffle_within_buckets(
         if len(piece) > 1:
             generator.shuffle(piece)
     return rows, counts
-
-
-@frozen
-class _Draw:
-    """Random numbers of rows, each a function of the key and the row's number alone."""
-
-    seed: int
-    epoch: int
-
-    def below(
-        self, name: str, resolution: str, num_frames: int, rows: Integers, probability: float
-    ) -> npt.NDArray[np.bool_]:
-        """True with the given probability for each row."""
-        if probability >= 1 or probability <= 0:
-            return np.full(len(rows), probability >= 1)
-        key = seed_for(name, self.seed, self.epoch, resolution, num_frames)
-        mixed = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)  # wraps around, as it should
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finalizer
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-        return (mixed ^ (mixed >> np.uint64(31))) < np.uint64(int(probability * 2**64))
-
-
-def _raise(fates: npt.NDArray[np.int8], rows: Integers, fate: int | npt.NDArray[np.int8]) -> None:
-    """Note a fate for rows that have come less far."""
-    fates[rows] = np.maximum(fates[rows], fate)
-
-
-def _nearest(aspects: npt.NDArray[np.float64], ratios: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """The index of the nearest of a few numbers to each ratio; the first on ties."""
-    order = np.argsort(aspects, kind="stable")
-    ordered = aspects[order]
-    above = np.clip(np.searchsorted(ordered, ratios), 1, len(ordered) - 1)
-    below = above - 1
-    distance_below, distance_above = np.abs(ratios - ordered[below]), np.abs(ordered[above] - ratios)
-    first_on_ties = (distance_below == distance_above) & (order[below] < order[above])
-    return np.where((distance_below < distance_above) | first_on_ties, order[below], order[above])
 
 
 def _frames(resolution: str, frames: int | str) -> int:

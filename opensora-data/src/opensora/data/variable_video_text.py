@@ -19,7 +19,8 @@ from opensora.core.transforms import transform_image, transform_video
 from opensora.core.video import VideoFile, is_image, is_video, read_image
 from opensora.data.balancing import BalancedBatches, balanced_batches
 from opensora.data.bucket_advice import smallest_change
-from opensora.data.buckets import NO_BUCKET, Buckets, EpochBatches
+from opensora.data.bucket_odds import NO_BUCKET
+from opensora.data.buckets import Buckets, EpochBatches
 from opensora.data.tables import StringColumn, read_table, resolve_path
 from opensora.data.video_text import choose_frames
 
