@@ -74,10 +74,12 @@ def test_a_flat_config_with_a_root_is_refused(tmp_path, capsys) -> None:
     assert "root = '/data': paths of a table are relative to" in capsys.readouterr().err
 
 
-def test_what_is_not_built_composes_but_says_so_when_it_is_run(tmp_path, monkeypatch, capsys) -> None:
+def test_what_needs_colossalai_composes_without_it_and_says_so_when_it_is_run(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["opensora/train/360x512x512"]) == 2
-    assert 'No accelerator is named "zero2-seq"' in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "needs ColossalAI, which is not installed" in printed
+    assert 'dict(type="fsdp", sp_size=2)' in printed
     assert not list(tmp_path.iterdir())
 
 

@@ -53,6 +53,17 @@ def test_a_plugin_becomes_an_accelerator(values: dict[str, Any], accelerator: ob
         assert modern.locations[("accelerator",)] == "c.py:3"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_zero2_is_kept_where_several_processes_have_colossalai(
+    is_installed: bool, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opensora.core.config.legacy.find_spec", lambda name: object() if is_installed else None)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    modern = modernize(Config({"plugin": "zero2", "sp_size": 1}))
+    assert modern.values == ({"accelerator": {"type": "zero2"}} if is_installed and processes == 2 else {})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -7,6 +7,7 @@ chooses the precision of products.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Self
@@ -23,11 +24,6 @@ from opensora.core.errors import ConfigError, MachineError
 from opensora.core.shares import Shares
 
 __all__ = ["Zero2", "Zero2Seq", "Zero2SeqSpec", "Zero2Spec"]
-
-HOW_TO_INSTALL = (
-    'pip install "opensora-accel[colossalai]", or, with a newer torch than ColossalAI pins, as docs/accelerators.md says; '
-    'or use accelerator = dict(type="fsdp"), which spreads the same and the weights too'
-)
 
 
 @frozen(kw_only=True)
@@ -62,7 +58,12 @@ class Zero2(Processes):
             MachineError: ColossalAI is not installed; see `Processes`.
         """
         if find_spec("colossalai") is None:
-            raise MachineError(f"This accelerator needs ColossalAI, which is not installed. Use: {HOW_TO_INSTALL}.")
+            sharing = f", sp_size={spec.sp_size}" if spec.sp_size > 1 else ""
+            raise MachineError(
+                'This accelerator needs ColossalAI, which is not installed. Use accelerator = dict(type="fsdp"'
+                f"{sharing}), which spreads as much and the weights too; or install it: pip install "
+                '"opensora-accel[colossalai]", or with a newer torch than it asks for as docs/accelerators.md says.'
+            )
         super().__init__(spec, device=device, dtype=dtype)
         self._module: nn.Module | None = None
         self._optimizer: ZeroOptimizer | None = None
@@ -74,6 +75,9 @@ class Zero2(Processes):
 
     def __enter__(self) -> Self:
         """See `Processes.__enter__`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages that would make other parts of it faster
+            import colossalai.booster.plugin  # noqa: F401
         if self.device.type == "cpu":
             from opensora.accel.colossalai_cpu import use_cpu
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -29,6 +31,13 @@ _MASK_NAMES = {
     "mask_tail": "quarter_tail",
     "mask_head_tail": "quarter_head_tail",
 }
+_FEATURE_KEYS = {
+    "vae_out_channels": "latent_channels",
+    "text_encoder_output_dim": "text_width",
+    "text_encoder_model_max_length": "text_length",
+    "model_max_length": "text_length",
+}
+_EXTRACTION_KEYS = ("save_compressed_text_features", "bin_size", "start_index", "end_index", "log_time")
 _PROMPT_FOLDER = "assets/texts"
 
 
@@ -63,7 +72,8 @@ def nest_dataset(config: Config) -> Config:
 def modernize(config: Config) -> Config:
     """The config with older keys dropped or turned into today's, and one warning that says so.
 
-    ``plugin`` becomes ``accelerator``; ZeRO-2 with ``sp_size=1`` gives way to the automatic choice of single or ddp.
+    ``plugin`` becomes ``accelerator``; ZeRO-2 with ``sp_size=1`` gives way to the automatic choice of single or ddp, unless
+    ColossalAI is installed and several processes run.
 
     Raises:
         ConfigError: Both ``plugin`` and ``accelerator`` are there, or one has the wrong type.
@@ -74,6 +84,8 @@ def modernize(config: Config) -> Config:
         _drop_model_keys,
         _drop_top_keys,
         _rename_masks,
+        _replace_features,
+        _replace_extraction,
         _find_prompts,
     )
     notes = [note for rule in rules for note in rule(values)]
@@ -127,6 +139,44 @@ def _rename_masks(values: dict[str, Any]) -> list[str]:
     return [f"mask_ratios: {', '.join(f'{old} is {new}' for old, new in names.items())} now"]
 
 
+def _replace_features(values: dict[str, Any]) -> list[str]:
+    """Training from features: sizes that were top-level keys are options of the dataset.
+
+    Raises:
+        ConfigError: Features are to be loaded, but of a dataset that has none.
+    """
+    loads = [key for key in ("load_video_features", "load_text_features") if values.pop(key, False)]
+    dataset = values.get("dataset")
+    if not isinstance(dataset, dict) or dataset.get("type") not in ("BatchFeatureDataset", "FeatureDataset"):
+        if loads:
+            raise ConfigError(
+                f"{loads[0]}: features are kept by features = dict(folder=...), which finds or computes them, whatever the "
+                'dataset; files of features are read by dataset = dict(type="FeatureDataset", ...). Leave the key out.'
+            )
+        return []
+    moved = {}
+    for old, new in _FEATURE_KEYS.items():
+        if old in values:
+            moved[new] = values.pop(old)
+    values["dataset"] = {**moved, **dataset}
+    notes = [f"{', '.join(moved)} moved into dataset"] if moved else []
+    return notes + ([f"{', '.join(loads)} left out (the dataset has features)"] if loads else [])
+
+
+def _replace_extraction(values: dict[str, Any]) -> list[str]:
+    """What Open-Sora's script for extraction reads, as features of the pipeline of that name."""
+    if "save_text_features" not in values and "bin_size" not in values:
+        return []
+    dropped = [key for key in _EXTRACTION_KEYS if key in values]
+    for key in dropped:
+        del values[key]
+    folder, text = values.pop("save_dir", None) or "features", values.pop("save_text_features", True)
+    values.setdefault("features", {"folder": folder, "text": bool(text)})
+    values.setdefault("pipeline", "extract")
+    notes = [f'save_dir, save_text_features turned into features=dict(folder="{folder}", ...)']
+    return notes + ([f"{', '.join(dropped)} left out (each clip has files of its own)"] if dropped else [])
+
+
 def _find_prompts(values: dict[str, Any]) -> list[str]:
     """Prompt files of Open-Sora's repository, where they aren't at hand, are those that ship with the configs."""
     from opensora.core.config.names import find_text
@@ -150,7 +200,10 @@ def _replace_plugin(values: dict[str, Any], place: str) -> str:
     if values.get("accelerator") is not None:
         raise ConfigError("Both plugin and accelerator are given. Keep accelerator.", location=place)
     if plugin == "zero2" and sp_size == 1:
-        return 'plugin="zero2" left out (accelerator is single, or ddp with several processes)'
+        if find_spec("colossalai") is None or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return 'plugin="zero2" left out (accelerator is single, or ddp with several processes)'
+        values["accelerator"] = {"type": "zero2"}
+        return 'plugin turned into accelerator=dict(type="zero2")'
     if plugin == "zero2":  # Open-Sora 1.2 refuses this pair, which one of its own files has
         plugin = "zero2-seq"
     values["accelerator"] = {"type": plugin, **({"sp_size": sp_size} if sp_size != 1 else {})}
