@@ -117,7 +117,7 @@ def identify(encoder: object, *, dtype: torch.dtype) -> str:
     cls = type(encoder)
     facts: dict[str, object] = {
         "class": f"{cls.__module__}.{cls.__qualname__}",
-        "options": _without_sources(unstructure(getattr(encoder, "spec", None))),
+        "options": _without(unstructure(getattr(encoder, "spec", None)), _ignored(encoder)),
         "dtype": str(dtype),
     }
     if isinstance(encoder, nn.Module):
@@ -222,11 +222,15 @@ def _settings(module: Any) -> object:
     }
 
 
-def _without_sources(options: Any) -> Any:
+def _ignored(encoder: object) -> frozenset[str]:
+    return _WHERE_FROM | frozenset(getattr(encoder, "memory_options", ()))
+
+
+def _without(options: Any, ignored: frozenset[str]) -> Any:
     if isinstance(options, Mapping):
-        return {key: _without_sources(value) for key, value in options.items() if key not in _WHERE_FROM}
+        return {key: _without(value, ignored) for key, value in options.items() if key not in ignored}
     if isinstance(options, list | tuple):
-        return [_without_sources(value) for value in options]
+        return [_without(value, ignored) for value in options]
     return options
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "LazyEncoder",
     "draw_latents",
     "open_features",
+    "ready_encoders",
     "ready_stand_in",
     "stack",
 ]
@@ -224,13 +225,15 @@ class FeaturedDataset:
             what = "latents" if kind == LATENTS else "text embedding"
             raise ConfigError(
                 f"The {what} of row {key.index}, epoch {key.epoch} ({getattr(known, 'path', '')}, "
-                f'"{getattr(known, "text", "")[:60]}") are not in {self.cache.folder}, and features.fill is False. {self.hint}'
+                f'"{getattr(known, "text", "")[:60]}") are not in {self.cache.folder}, and features.fill is False. '
+                f"{self.hint}"
             )
         return None
 
     def _read(self, key: SampleKey, recipe: ClipRecipe | None, name: str) -> Clip:
         clip: Clip = self.dataset[key]
-        assert recipe is not None and self.autoencoder is not None  # it is read because a recipe's latents are missing
+        assert recipe is not None  # it is read because this recipe's latents are missing
+        assert self.autoencoder is not None
         if latents_name(recipe, self.sources.look(recipe.path), self.autoencoder) != name:
             raise DataError(f"{recipe.path} was changed while it was read.")
         return clip
@@ -311,8 +314,8 @@ class Features:
         latents = self.vae.encode(video, draws=watched)
         if watched.was_asked:
             raise ConfigError(
-                "This autoencoder draws its latents at random, and has no `moments` to draw them from again: its latents can't "
-                "be computed once. Set features.video = False."
+                "This autoencoder draws its latents at random, and has no `moments` to draw them from again: they can't be "
+                "computed once. Set features.video = False."
             )
         return {"latents": latents}
 
@@ -410,6 +413,78 @@ def open_features(spec: TrainSpec, accelerator: Accelerator, *, fill: bool | Non
     if lazy_text is not None and features.text_identity is not None:
         features.text_encoder = KeptText(lazy_text, identity=features.text_identity, features=lambda: features)
     return features
+
+
+class ReadyLatents:
+    """In place of an autoencoder, for a dataset that has latents."""
+
+    def __init__(self, dataset: Any) -> None:
+        """``dataset`` has ``latent_channels`` and, if its files are there, ``latent_size(size)``."""
+        self.latent_channels: int = dataset.latent_channels
+        self._size_of = getattr(dataset, "latent_size", None)
+
+    def latent_size(self, size: Size) -> Size:
+        """(T', H', W') of clips of (T, H, W), as the dataset has them."""
+        if self._size_of is None:
+            raise DataError("The sizes of the latents are not known before their files are there.")
+        latent: Size = self._size_of(size)
+        return latent
+
+    def encode(self, video: Tensor, *, draws: Draws | None = None) -> Tensor:
+        """There is nothing to encode with.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("The dataset has latents, and the config names no vae to make or show others with. Set vae.")
+
+    def decode(self, latents: Tensor, *, num_frames: int) -> Tensor:
+        """See `encode`."""
+        return self.encode(latents)
+
+
+class ReadyText:
+    """In place of a text encoder, for a dataset that has embeddings."""
+
+    def __init__(self, dataset: Any) -> None:
+        """``dataset`` has ``text_width`` and ``text_length``."""
+        self.width: int | None = dataset.text_width
+        self.max_length: int = dataset.text_length
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """There is nothing to encode with.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "The dataset has embeddings, and the config names no text_encoder to read prompts with. Set it."
+        )
+
+
+def ready_encoders(spec: TrainSpec, dataset: Any) -> dict[str, Any]:
+    """What stands in for the encoders, by the names of `build_parts`, where the dataset has features instead of pixels.
+
+    An encoder that the config names itself, for previews, is built all the same.
+
+    Args:
+        spec: Of the run.
+        dataset: Or its options.
+
+    Raises:
+        ConfigError: The config asks for what can't be had without them.
+    """
+    if not hasattr(dataset, "latent_channels"):
+        return {}
+    if spec.features:
+        raise ConfigError(f"{spec.dataset.type} has latents and embeddings already. Leave features out.")
+    named = {"vae": spec.vae.type != "identity", "text_encoder": spec.text_encoder.type != "hashed-words"}
+    ready = {"vae": ReadyLatents(dataset), "text_encoder": ReadyText(dataset)}
+    if spec.preview_every and not all(named.values()):
+        raise ConfigError(
+            "Previews need an autoencoder and a text encoder: set vae and text_encoder, or preview_every = 0."
+        )
+    return {name: part for name, part in ready.items() if not named[name]}
 
 
 def stack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

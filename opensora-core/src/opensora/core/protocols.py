@@ -48,7 +48,8 @@ class Denoiser(Protocol):
     Optional attributes: ``condition_dropout`` (float), the share of training samples whose text or label is dropped for
     classifier-free guidance; ``adapt_state_dict(state) -> state``, which turns a published checkpoint into this class's keys;
     ``null_prompt`` (str) with ``take_null_text(conditioning)``, for models without a learned null: it is given what the text
-    encoder makes of that prompt. A ``Spec`` with a field ``from_pretrained`` is told the source of the weights as well.
+    encoder makes of that prompt; ``sequence_plan`` (`SequencePlan`), without which its tokens can't be spread over processes.
+    A ``Spec`` with a field ``from_pretrained`` is told the source of the weights as well.
     """
 
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -76,7 +77,8 @@ class VideoAutoencoder(Protocol):
 
     Optional, for latents that are computed once and drawn anew at each showing: ``moments(video) -> dict[str, Tensor]``, what
     the encoder says of each video, each tensor [B, ...]; and ``latents_of(moments, draws) -> Tensor``, which draws latents
-    from that as ``encode`` does, without weights: it is called where the module was built on the meta device.
+    from that as ``encode`` does, without weights: it is called where the module was built on the meta device. Options that are
+    named in an attribute ``memory_options`` change latents by rounding alone: those that were kept serve with any of them.
     """
 
     latent_channels: int
@@ -103,7 +105,7 @@ class TextEncoder(Protocol):
 
     What it makes of a prompt must not depend on the others of a batch: it may be remembered. ``overflows_in_fp16`` is as for
     a `VideoAutoencoder`. ``fingerprint() -> str``, optional, stands for what besides options and weights decides what it makes
-    of a prompt, such as its tokens: remembered embeddings of another one aren't used. Options ``device`` and ``dtype`` are core's, for every text encoder: a ``Spec`` has none so named.
+    of a prompt, such as its tokens: remembered embeddings of another one aren't used. ``memory_options`` is as there. Options ``device`` and ``dtype`` are core's, for every text encoder: a ``Spec`` has none so named.
     Optional, for those with a limit: ``cut_off(prompt) -> str``, the end of a prompt that lies beyond it and is not read, in
     its own spelling (T5's is cleaned), "" if all is read; and ``max_tokens`` (int), the limit if not ``max_length``.
     Functions of these names in `opensora.core.text_cuts` know what to answer for encoders without.

@@ -4,6 +4,7 @@ from importlib import import_module
 
 _HOMES = {
     "labelled_images": ("ClassImages", "ClassImagesSpec"),
+    "ready_features": ("FeatureDataset", "FeatureDatasetSpec"),
     "tables": ("read_table",),
     "temporal": ("sample_frames",),
     "video_text": ("VideoTextDataset", "VideoTextSpec"),

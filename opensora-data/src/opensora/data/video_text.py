@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -39,8 +39,8 @@ class VideoTextSpec:
     transform_name: Literal["center", "resize_crop"] = "center"
     """center: the central square. resize_crop: any size, as much of the picture as fits."""
     num_starts: int | None = field(default=None, validator=optional(gt(0)))
-    """Stretches of a video that are shown, evenly spread and in turns from epoch to epoch, so that features that were computed
-    once are met again. None: one is drawn anew each epoch."""
+    """Stretches of a video that are shown, evenly spread and in turns from epoch to epoch, so that features that were
+    computed once are met again. None: one is drawn anew each epoch."""
     keep_in_memory: bool = False
     """Keep each video whole once it is decoded and transformed, in every process that reads: for data that fit."""
 
@@ -55,6 +55,8 @@ class VideoTextDataset:
     """
 
     Spec = VideoTextSpec
+    columns = ("path", "text")
+    """Of the table, that are read."""
 
     def __init__(self, spec: VideoTextSpec, *, needs_text: bool = True) -> None:
         """Read the table, but none of its files.
@@ -70,7 +72,7 @@ class VideoTextDataset:
         if spec.data_path is None:
             raise DataError("dataset.data_path is not set. Give --data-path table.csv, with columns path and text.")
         self.folder = Path(spec.data_path).parent
-        table = read_table(spec.data_path, ["path", "text"] if needs_text else ["path"])
+        table = read_table(spec.data_path, self.columns if needs_text else ["path"])
         self._paths = StringColumn(table["path"])
         self._texts = StringColumn(table["text"]) if needs_text else None
         self._kept: dict[int, tuple[torch.Tensor, float, Path]] = {}
@@ -82,6 +84,10 @@ class VideoTextDataset:
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def row_paths(self) -> Sequence[str]:
+        """The file of each row, as the table names it."""
+        return self._paths
 
     def __getitem__(self, key: SampleKey) -> Clip:
         """The clip of row ``key.index``, video [3, num_frames, *image_size].

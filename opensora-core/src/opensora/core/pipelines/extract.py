@@ -48,7 +48,7 @@ _ROWS_AT_ONCE = 8
 _GIB = 2**30
 
 
-@frozen(kw_only=True, slots=False)
+@frozen(kw_only=True)
 class ExtractSpec(TrainSpec):
     """Compute features of all rows. What only concerns training is accepted and without effect."""
 

@@ -37,7 +37,7 @@ from opensora.core.composing import (
 from opensora.core.config.write import write_config
 from opensora.core.config_changes import find_changes, plain
 from opensora.core.errors import CheckpointError, ConfigError, DataError
-from opensora.core.features import open_features
+from opensora.core.features import open_features, ready_encoders
 from opensora.core.frame_masks import check_mask_ratios
 from opensora.core.hooking import build_hooks
 from opensora.core.loading import UnreadableFiles
@@ -145,11 +145,11 @@ class Train(Training):
         """See `Training.build_run`."""
         return build_run(self.spec, folder, accelerator, stop, load_pretrained=load_pretrained)
 
-    def dry_run(self) -> str:
-        """What would be trained, with sizes and an estimate of memory and compute. Loads and writes nothing."""
+    def dry_run(self, world_size: int = 1) -> str:
+        """What would be trained, with sizes, memory and compute of each process. Loads and writes nothing."""
         from opensora.core.pipelines.dry_run import describe_training
 
-        return describe_training(self.spec)
+        return describe_training(self.spec, world_size)
 
 
 def find_source(spec: LoopSpec) -> Path | None:
@@ -232,14 +232,11 @@ def build_run(
     text_device, text_dtype = choose_text_placement(spec.text_encoder, accelerator)
     torch.manual_seed(spec.seed)  # initial weights
     only_size = None if makes_batches(dataset) else size
-    features = open_features(spec, accelerator) if spec.features else None
-    parts = build_parts(
-        spec,
-        size_of=lambda: only_size,
-        load_pretrained=load_pretrained,
-        vae=features.vae if features else None,
-        text_encoder=features.text_encoder if features else None,
-    )
+    ready = ready_encoders(spec, dataset)
+    features = open_features(spec, accelerator) if spec.features and not ready else None
+    if features:
+        ready = {"vae": features.vae, "text_encoder": features.text_encoder}
+    parts = build_parts(spec, size_of=lambda: only_size, load_pretrained=load_pretrained, **ready)
     change_blocks(parts.denoiser, spec)
     adapt(parts.denoiser, hooks, spec)
     predict = wrap(accelerator.prepare(parts.denoiser.train()), hooks, spec)
@@ -318,7 +315,7 @@ def new_listing(folder: Path, accelerator: Accelerator) -> Path:
 
 def build_dataset(spec: TrainSpec) -> Any:
     """The dataset, given the buckets of the config if it asks for them."""
-    dataset = build("datasets", spec.dataset, bucket_config=spec.bucket_config)
+    dataset = build("datasets", spec.dataset, bucket_config=spec.bucket_config, batch_size=spec.batch_size)
     if spec.bucket_config and not makes_batches(dataset):
         log.warning("bucket_config is without effect: clips of %s have one size.", spec.dataset.type)
     return dataset

@@ -8,7 +8,7 @@ Shapes: B batch, C latent channels, T H W frames and size, T' H' W' latent frame
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,6 +111,7 @@ class DiffusersVAE(nn.Module):
     """Calls the wrapped class, ``self.module``, as its own pipeline would. Frozen, in eval mode."""
 
     Spec: ClassVar[type] = DiffusersVAESpec
+    memory_options: ClassVar[Sequence[str]] = ("enable_slicing",)
     pixel_dtype: torch.dtype | None = None
     """Of what is encoded; None: that of the weights."""
 

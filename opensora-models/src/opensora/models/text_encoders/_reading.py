@@ -26,6 +26,13 @@ def read_frozen(module_class: Any, source: str, **options: Any) -> Any:
     return module.requires_grad_(False).eval()
 
 
+def fingerprint(tokenizer: Any) -> str:
+    """What a tokenizer makes of text depends on this alone: its words, rules and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return f"{type(tokenizer).__name__} {tokenizer.special_tokens_map} {rules}"
+
+
 @contextmanager
 def _silence() -> Iterator[None]:
     """Without transformers' progress bar, and its table of the weights that it doesn't need."""

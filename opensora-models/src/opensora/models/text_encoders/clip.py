@@ -16,7 +16,7 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.errors import ConfigError
 from opensora.models._pretrained import expand_home, reading
 from opensora.models.text_encoders._cutting import beyond
-from opensora.models.text_encoders._reading import read_frozen
+from opensora.models.text_encoders._reading import fingerprint, read_frozen
 
 __all__ = ["CLIPEncoder", "CLIPEncoderSpec"]
 
@@ -93,6 +93,10 @@ class CLIPEncoder(nn.Module):
             return_tensors="pt",
         ).to(self.module.device)
         return Conditioning(text_embedding=self.encode_tokens(tokens.input_ids)[:, None])
+
+    def fingerprint(self) -> str:
+        """What besides options and weights decides what a prompt becomes: the tokenizer."""
+        return fingerprint(self.tokenizer)
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that lies beyond the length and is not read; "" if all of it is."""

@@ -16,7 +16,7 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.errors import MachineError
 from opensora.models._pretrained import reading
 from opensora.models.text_encoders._cutting import beyond
-from opensora.models.text_encoders._reading import read_frozen
+from opensora.models.text_encoders._reading import fingerprint, read_frozen
 
 __all__ = ["MiniLM", "MiniLMSpec"]
 
@@ -79,6 +79,10 @@ class MiniLM(nn.Module):
         ).to(self.module.device)
         embedding = self.encode_tokens(tokens.input_ids, tokens.attention_mask)
         return Conditioning(text_embedding=embedding, text_mask=tokens.attention_mask.bool())
+
+    def fingerprint(self) -> str:
+        """What besides options and weights decides what a prompt becomes: the tokenizer."""
+        return fingerprint(self.tokenizer)
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that lies beyond the length and is not read; "" if all of it is."""

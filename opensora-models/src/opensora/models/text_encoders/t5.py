@@ -17,7 +17,7 @@ from opensora.core.conditioning import Conditioning
 from opensora.core.errors import MachineError
 from opensora.models._pretrained import expand_home, reading
 from opensora.models.text_encoders._cutting import beyond
-from opensora.models.text_encoders._reading import read_frozen
+from opensora.models.text_encoders._reading import fingerprint, read_frozen
 from opensora.models.text_encoders.cleaning import prepare_prompt
 
 __all__ = ["T5Encoder", "T5EncoderSpec"]
@@ -64,6 +64,7 @@ class T5Encoder(nn.Module):
     """
 
     Spec: ClassVar[type] = T5EncoderSpec
+    memory_options: ClassVar[Sequence[str]] = ("shardformer",)
 
     def __init__(self, spec: T5EncoderSpec, *, meta: bool = False) -> None:
         """Reads weights and tokenizer.
@@ -108,6 +109,10 @@ class T5Encoder(nn.Module):
         ).to(self.module.device)
         embedding = self.encode_tokens(tokens.input_ids, tokens.attention_mask)
         return Conditioning(text_embedding=embedding, text_mask=tokens.attention_mask.bool())
+
+    def fingerprint(self) -> str:
+        """What besides options and weights decides what a prompt becomes: the tokenizer."""
+        return fingerprint(self.tokenizer)
 
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt, cleaned, that lies beyond the length and is not read; "" if all of it is."""

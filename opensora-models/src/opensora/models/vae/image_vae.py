@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, T frames, H W size, h w latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,6 +70,7 @@ class VideoAutoencoderKL(nn.Module):
     interop: ClassVar[Interop] = IMAGE_VAE
     network: ClassVar[Any] = AutoencoderKL
     published: ClassVar[Mapping[str, Any]] = STABLE_DIFFUSION
+    memory_options: ClassVar[Sequence[str]] = ("micro_batch_size", "tile_size")
 
     def __init__(self, spec: VideoAutoencoderKLSpec, *, meta: bool = False) -> None:
         """Reads the weights.

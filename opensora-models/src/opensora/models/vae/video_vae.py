@@ -8,7 +8,7 @@ Shapes: B batch, C channels, T frames, t latent frames, H W size, h w latent siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -81,6 +81,7 @@ class VideoAutoencoderPipeline(nn.Module):
     """Pixels to image latents to latents that are shorter in time. Frozen, in eval mode; `train_parts` changes that."""
 
     Spec: ClassVar[type] = VideoAutoencoderPipelineSpec
+    memory_options: ClassVar[Sequence[str]] = ("micro_batch_size", "tile_size", "freeze_vae_2d")
     scale: Tensor
     shift: Tensor
 
@@ -124,7 +125,7 @@ class VideoAutoencoderPipeline(nn.Module):
             yield latents if self.spec.cal_loss else (latents - self.shift) / self.scale
 
     def moments(self, video: Tensor) -> dict[str, Tensor]:
-        """[B, 3, T, H, W] in [-1, 1] -> ``mean`` and ``logvar`` [B, C', t, h, w], of which `latents_of` draws, and their scale.
+        """[B, 3, T, H, W] in [-1, 1] -> ``mean`` and ``logvar`` [B, C', t, h, w], of which `latents_of` draws, and the scale.
 
         They are those of the second posterior, given the mean of the first: unlike `encode`, `latents_of` draws once. Image
         latents are close to certain, so that it hardly matters.
