@@ -19,7 +19,6 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,24 +28,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from opensora.core.accelerator import Accelerator
-from opensora.core.composing import Parts, build_accelerator, build_parts, place
-from opensora.core.conditioning import Conditioning
+from opensora.core.composing import build_accelerator
 from opensora.core.config.structure import structure
-from opensora.core.hooks.ema import EMA, EMASpec
-from opensora.core.optimization import build_adamw
+from opensora.core.pipelines.lone_step import LoneStep, made_up_batch
 from opensora.core.pipelines.step_cost import StepRehearsal, build_on_meta
-from opensora.core.pipelines.train import change_blocks
-from opensora.core.pipelines.train_loop import encode
 from opensora.core.pipelines.train_spec import TrainSpec
-from opensora.core.loading import Batch
 from opensora.core.protocols import Size
-from opensora.core.randomness import SampleKey
 
 PROMPT = " ".join(f"word{index}" for index in range(40))  # fills the encoder's length
 SMALL = {"hidden_size": 96, "depth": 2, "num_heads": 4}
 WIDE = {"hidden_size": 384, "depth": 2, "num_heads": 8}
-DEEP = {"hidden_size": 64, "depth": 8, "num_heads": 4}
+DEEP = {"hidden_size": 72, "depth": 8, "num_heads": 4}
 LABELS = {"text_encoder": {"type": "classes", "num_classes": 10}}
 VIDEO, LONG, IMAGE = (4, 32, 32), (16, 16, 24), (1, 64, 64)
 
@@ -65,6 +57,8 @@ class Case:
     def spec(self) -> TrainSpec:
         """As a config would say it."""
         model = {"type": self.model, "patch_size": (1, 2, 2), **self.options}
+        if "text_encoder" in self.changes:
+            model["condition"] = "label_10"
         scheduler = {"type": "rflow" if self.model == "STDiT3" else "iddpm"}
         dataset = {"type": "VideoTextDataset", "data_path": "none.csv", "num_frames": self.size[0]}
         values = {"model": model, "scheduler": scheduler, "dataset": dataset, "dtype": "fp32", **self.changes}
@@ -77,7 +71,9 @@ class Case:
             for key, value in self.changes.items()
             if key != "text_encoder"
         ]
-        return f"{self.model:8} {self.options['hidden_size']:4} x {self.options['depth']}  {shape:12} {' '.join(changes)}"
+        return (
+            f"{self.model:8} {self.options['hidden_size']:4} x {self.options['depth']}  {shape:12} {' '.join(changes)}"
+        )
 
 
 CASES = [
@@ -130,50 +126,15 @@ def predict(case: Case, *, exact: bool = True) -> Numbers:
     return Numbers(saved=cost.saved, peak=cost.peak, flops=cost.flops)
 
 
-class RealStep:
+class RealStep(LoneStep):
     """The step itself."""
 
     def __init__(self, case: Case) -> None:
-        spec = self.spec = case.spec
-        torch.manual_seed(0)
-        self.parts: Parts = build_parts(spec, size_of=lambda: case.size)
-        change_blocks(self.parts.denoiser, spec)
-        self.accelerator: Accelerator = build_accelerator(spec)
-        self.predict = self.accelerator.prepare(self.parts.denoiser.train())
-        place(self.parts.vae, self.accelerator)
-        place(self.parts.text_encoder, self.accelerator)
-        self.parameters = [each for each in self.parts.denoiser.parameters() if each.requires_grad]
-        self.optimizer = build_adamw(self.parameters, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-        self.average = EMA(EMASpec()) if spec.ema_decay else None
-        if self.average:
-            self.average.train_start(run=SimpleNamespace(module=self.parts.denoiser))  # type: ignore[arg-type]
-        self.batch = make_batch(case)
-        self.backward(self.forward())
-        self.finish()
-
-    def forward(self) -> Tensor:
-        """Encoders, denoiser, loss."""
-        run: Any = SimpleNamespace(
-            accelerator=self.accelerator,
-            parts=self.parts,
-            denoiser=self.parts.denoiser,
-            mask_ratios=self.spec.mask_ratios,
-            features=None,
-        )
-        latents, conditioning = encode(run, self.batch)
-        draws = self.batch.draws(self.accelerator.device)
-        losses = self.parts.scheduler.loss(self.predict, latents, conditioning, draws=draws)
-        return losses.sum() / len(self.batch)
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients."""
-        self.accelerator.backward(loss)
-
-    def finish(self) -> None:
-        """Optimizer and average."""
-        self.accelerator.update(self.optimizer, self.parameters, grad_clip=0.0)
-        if self.average:
-            self.average.step_end(run=None, update=SimpleNamespace(is_left_out=False, step=1))  # type: ignore[arg-type]
+        spec = case.spec
+        super().__init__(spec, build_accelerator(spec), case.size)
+        prompt = "3" if "text_encoder" in case.changes else PROMPT
+        self.batch = made_up_batch(case.size, case.batch_size, prompt=prompt)
+        self.make(self.batch)
 
     def saved(self) -> int:
         """Bytes that hooks see, each storage once."""
@@ -189,7 +150,7 @@ class RealStep:
             return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.forward()
+            loss = self.forward(self.batch)
         self.backward(loss)
         self.optimizer.zero_grad()
         return sum(found.values())
@@ -198,7 +159,7 @@ class RealStep:
         """Bytes of the allocator."""
         before = self.resident()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self.backward(self.forward())
+            self.backward(self.forward(self.batch))
             self.finish()
         events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
         events.sort(key=lambda one: one.start_ns())
@@ -215,28 +176,9 @@ class RealStep:
     def flops(self) -> int:
         """Of torch's counter: the denoiser's, forward and backward."""
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            self.backward(self.forward())
+            self.backward(self.forward(self.batch))
         self.optimizer.zero_grad()
         return counter.get_total_flops()
-
-
-def make_batch(case: Case) -> Batch:
-    """Noise, with prompts that fill the encoder's length."""
-    count, (frames, height, width) = case.batch_size, case.size
-    numbers = {
-        "fps": 24.0,
-        "height": float(height),
-        "width": float(width),
-        "num_frames": float(frames),
-        "aspect_ratio": height / width,
-    }
-    return Batch(
-        video=torch.randn(count, 3, *case.size),
-        texts=["3" if "text_encoder" in case.changes else PROMPT] * count,
-        conditioning=Conditioning(**{name: torch.full((count,), value) for name, value in numbers.items()}),
-        keys=[SampleKey(0, index) for index in range(count)],
-        paths=[""] * count,
-    )
 
 
 def measure(case: Case) -> Numbers:
@@ -251,9 +193,7 @@ def compare(cases: list[Case]) -> Iterator[dict[str, float]]:
     for case in cases:
         predicted, measured = predict(case), measure(case)
         ratios = {name: getattr(predicted, name) / getattr(measured, name) for name in ("saved", "peak", "flops")}
-        columns = [
-            f"{getattr(predicted, name) / 2**20:7.1f} MiB {ratios[name]:9.4f}" for name in ("saved", "peak")
-        ]
+        columns = [f"{getattr(predicted, name) / 2**20:7.1f} MiB {ratios[name]:9.4f}" for name in ("saved", "peak")]
         print(f"{case!s:52} {columns[0]:>22} {columns[1]:>22} {ratios['flops']:9.6f}", flush=True)
         yield ratios
 

@@ -77,7 +77,7 @@ def compile_blocks(network: nn.Module) -> int:
 def offloading(device: torch.device) -> AbstractContextManager[object]:
     """Surrounds a forward pass: what it saves for backward is kept in the CPU's memory, pinned if ``device`` is a GPU.
 
-    As torch's ``save_on_cpu``, but parameters stay where they are: they are on the device anyway. On a CPU it only costs time.
+    As torch's ``save_on_cpu``, but parameters stay: they are on the device anyway. On a CPU it only costs time.
     """
     pin = device.type == "cuda"
 

@@ -30,6 +30,7 @@ from opensora.core.given_frames import apply_edits
 from opensora.core.hooking import Hooks
 from opensora.core.mask_strategy import carry_over, edits_of_round
 from opensora.core.prompt_syntax import parse_rounds
+from opensora.core.profiling import marked
 from opensora.core.protocols import IMAGE_FPS, Denoiser, SampleState, Scheduler
 from opensora.core.randomness import SampleDraws, SampleKey
 from opensora.core.reference_latents import Overlap, ReferenceLatents
@@ -62,7 +63,8 @@ class Clock:
         begin = time.perf_counter()
         self._inner.append(0.0)
         try:
-            yield
+            with marked(name):
+                yield
         finally:
             if waits and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)

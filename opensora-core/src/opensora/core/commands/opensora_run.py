@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from opensora.core.config.overrides import (
 from opensora.core.errors import ConfigError
 from opensora.core.machine import die_with_parent
 
-__all__ = ["load_config", "main"]
+__all__ = ["compose", "load_config", "main"]
 
 _OWN_FLAGS = ("--help", "--from", "--nproc", "--port", "--dry-run", "--trust-config", "--debug")
 _EXAMPLES = """\
@@ -60,7 +61,8 @@ def _run(arguments: list[str]) -> int:
         die_with_parent()  # the launcher: left alone, we would go on writing into the run folder
     pipeline = compose(load_config(options, overrides))
     if options.dry_run:
-        print(pipeline.dry_run())
+        named = inspect.signature(pipeline.dry_run).parameters
+        print(pipeline.dry_run(**{"world_size": options.nproc or 1} if "world_size" in named else {}))
     elif options.nproc is not None and not is_launched():
         return launch(arguments, nproc=options.nproc, port=options.port)
     else:

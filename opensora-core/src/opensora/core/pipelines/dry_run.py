@@ -11,26 +11,40 @@ import torch
 from torch import Tensor, nn
 
 from opensora.core.components import build, load, structure_spec
-from opensora.core.composing import Parts, build_parts, checkpoint_activations, is_installed, on_meta, split_options
+from opensora.core.composing import Parts, build_parts, is_installed, on_meta, split_options
 from opensora.core.conditioning import Conditioning
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import DataError
+from opensora.core.features import ready_encoders
 from opensora.core.mask_strategy import print_mask_strategy
 from opensora.core.orders import BatchOrder, Slicing
+from opensora.core.pipelines.plan import describe_costs, planned_buckets, shares_of
 from opensora.core.pipelines.sample_spec import SampleSpec
+from opensora.core.pipelines.step_cost import StepRehearsal, build_on_meta
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Dataset, Size
 from opensora.core.reference_latents import Overlap
 from opensora.core.requests import EndlessRequests, Request
 
-__all__ = ["declared_size", "describe_memory", "describe_sampling", "describe_training", "measure", "meta_inputs"]
+if TYPE_CHECKING:
+    from opensora.core.pipelines.extract import ExtractSpec
+
+__all__ = [
+    "declared_size",
+    "describe_extraction",
+    "describe_memory",
+    "describe_sampling",
+    "describe_training",
+    "measure",
+    "meta_inputs",
+]
 
 log = logging.getLogger(__name__)
 _GIB = 2**30
 
 
-def describe_training(spec: TrainSpec) -> str:
-    """Models, sizes, steps, and an estimate of memory and compute for one process."""
+def describe_training(spec: TrainSpec, world_size: int = 1) -> str:
+    """Models, sizes, steps, and the memory and compute of each of ``world_size`` processes."""
     from opensora.core.pipelines.train import build_dataset, clip_size
 
     dataset: Dataset | None = None
@@ -43,32 +57,49 @@ def describe_training(spec: TrainSpec) -> str:
     batches = _bucket_sizes(spec)
     largest = max(batches, key=lambda one: math.prod(one[0]) * one[1]) if batches else None
     size = largest[0] if largest else clip_size(dataset, spec.seed) if dataset else declared_size(spec.dataset)
-    if size is None:
+    ready = ready_encoders(spec, dataset or structure_spec("datasets", spec.dataset))
+    if size is None and not ready:
         return "\n".join([*lines, "The size of the clips is not known, so nothing more can be said."])
-    parts = build_parts(spec, size_of=lambda: None if batches else size, meta=True)
+    parts = build_parts(spec, size_of=lambda: None if batches else size, meta=True, **ready)
+    if size is None:
+        lines.append(f"model        {spec.model.type}: {_count(parts.denoiser)} parameters")
+        return "\n".join([*lines, "The size of the latents is not known, so nothing more can be said."])
     lines += _describe_buckets(parts, batches) + _describe_parts(spec, parts, size)
     if dataset:
-        lines.append(_describe_steps(spec, dataset))
-    parts.denoiser.train()
-    if spec.grad_checkpoint:
-        checkpoint_activations(parts.denoiser)
-    batch_size = largest[1] if largest else spec.batch_size
-    flops, activations = _measure(parts, batch_size, size, train=True)
-    trained = sum(each.numel() for each in parts.denoiser.parameters() if each.requires_grad)
-    parameters = sum(each.numel() for each in parts.denoiser.parameters())
-    lines.append(
-        describe_memory(
-            parameters,
-            trained,
-            averaged=trained if spec.ema_decay else 0,
-            activations=activations,
-            without="VAE and text encoder",
-        )
-    )
-    of_bucket = " (the largest bucket)" if batches else ""
-    lines.append(
-        f"compute      {flops / 1e12:.3f} TFLOP a micro-batch of {batch_size}{of_bucket}, forward and backward"
-    )
+        lines.append(_describe_steps(spec, dataset, world_size))
+    if spec.compile:
+        lines.append("compile      not counted: compiled blocks save somewhat less for backward, and take as many operations")
+    buckets = planned_buckets(spec, parts, size)
+    if dataset is None and len(buckets) > 1:  # which of them will have clips is not known yet
+        lines.append(f"buckets      only the largest is rehearsed until the data can be read; all {len(buckets)}: opensora plan")
+        buckets = [max(buckets, key=lambda one: math.prod(parts.vae.latent_size(one.size)) * one.batch_size)]
+    with StepRehearsal(spec, parts, shares_of(spec, world_size)) as rehearsal:
+        costs = {bucket: rehearsal.step(bucket.size, bucket.batch_size) for bucket in buckets}
+    return "\n".join([*lines, *describe_costs(costs, world_size)])
+
+
+def describe_extraction(spec: ExtractSpec) -> str:
+    """What features would be made of, and where they would be kept."""
+    from opensora.core.pipelines.train import build_dataset
+
+    try:
+        dataset = build_dataset(spec)
+        data_line = f"{len(dataset):,} samples, {spec.epochs_of_clips} epochs of clips"
+    except DataError as error:
+        data_line = f"not readable yet: {error}"
+    with on_meta(True):
+        vae = build("vaes", spec.vae, meta=True)
+        text_encoder = build("text_encoders", split_options("text_encoders", spec.text_encoder)[0], meta=True)
+    assert spec.features is not None  # checked by the pipeline
+    text = f"{text_encoder.max_length} tokens of {text_encoder.width}" if text_encoder.width else "class labels, not kept"
+    lines = [
+        f"data         {spec.dataset.type}: {data_line}",
+        f"vae          {spec.vae.type}: {_count(vae)} parameters",
+        f"text         {spec.text_encoder.type}: {_count(text_encoder)} parameters, {text}",
+        f"features     {spec.features.folder}",
+    ]
+    if size := declared_size(spec.dataset):
+        lines.append(f"latents      {' x '.join(map(str, (vae.latent_channels, *vae.latent_size(size))))} of each clip")
     return "\n".join(lines)
 
 
@@ -111,17 +142,20 @@ def _describe_buckets(parts: Parts, batches: Sequence[tuple[Size, int]]) -> list
     return [f"buckets      {len(batches)}: from {' to '.join(extremes)} (batch x frames x height x width), {spread}"]
 
 
-def _describe_steps(spec: TrainSpec, dataset: Dataset) -> str:
+def _describe_steps(spec: TrainSpec, dataset: Dataset, world_size: int) -> str:
     from opensora.core.pipelines.train import count_steps, order_of
 
-    order, slicing = order_of(spec, dataset), Slicing(batch_size=spec.batch_size, accumulation=spec.accumulation_steps)
+    order = order_of(spec, dataset)
+    shares = max(1, round(world_size * shares_of(spec, world_size).activations))  # processes may work on the same samples
+    slicing = Slicing(batch_size=spec.batch_size, accumulation=spec.accumulation_steps, world_size=shares)
     steps = count_steps(spec, order, slicing)
     if isinstance(order, BatchOrder):
         batches = order.of_epoch(0)
         used = f"{sum(map(len, batches)):,} of the {len(dataset):,} samples"
         return f"steps        {steps:,}; the first epoch has {len(batches):,} batches of {used}"
     per_step = slicing.samples_per_step
-    return f"steps        {steps:,} of {per_step} samples a process ({steps * per_step / len(dataset):.1f} epochs)"
+    each = spec.batch_size * spec.accumulation_steps
+    return f"steps        {steps:,} of {each} samples a process ({steps * per_step / len(dataset):.1f} epochs)"
 
 
 def describe_sampling(spec: SampleSpec, requests: Sequence[Request]) -> str:

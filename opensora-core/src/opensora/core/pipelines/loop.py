@@ -26,6 +26,7 @@ from opensora.core.loading import Batch, UnreadableFiles, iter_batches
 from opensora.core.optimization import learning_rate_factor, restore_optimizer
 from opensora.core.orders import Order, Place, Slicing
 from opensora.core.pipelines.train_spec import LoopSpec
+from opensora.core.profiling import marked
 from opensora.core.protocols import Dataset, Size
 from opensora.core.randomness import generator_for
 from opensora.core.saving import Saver
@@ -242,7 +243,8 @@ def train(run: LoopRun) -> None:
     with Watchdog(run.spec.step_timeout_s) as run.watchdog:
         while run.counters.step < run.max_steps:
             run.watchdog.beat(f"step {run.counters.step + 1}", times=3 if run.counters.step == first else 1)
-            micro_batches = read_together(run, batches)
+            with marked("data"):
+                micro_batches = read_together(run, batches)
             update = make_step(run, micro_batches)
             if record := window.add(update):
                 run.hooks.log(run=run, record=record)
@@ -259,10 +261,13 @@ def make_step(run: LoopRun, micro_batches: list[Batch]) -> Update:
     losses = []
     for index, batch in enumerate(micro_batches):
         with run.accelerator.micro_step(last=index == len(micro_batches) - 1):
-            loss = run.loss(batch)
-            run.accelerator.backward(loss / len(micro_batches))
+            with marked("loss"):
+                loss = run.loss(batch)
+            with marked("backward"):
+                run.accelerator.backward(loss / len(micro_batches))
         losses.append(loss.detach())
-    return make_update(run, torch.stack(losses).mean())
+    with marked("optimizer"):
+        return make_update(run, torch.stack(losses).mean())
 
 
 def read_together(run: LoopRun, batches: Iterator[Batch]) -> list[Batch]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
@@ -20,14 +19,15 @@ from opensora.core.composing import Parts, build_parts
 from opensora.core.conditioning import Conditioning
 from opensora.core.hooking import build_hooks
 from opensora.core.hooks.ema import EMA, EMASpec
-from opensora.core.optimization import build_adamw
+from opensora.core.optimization import build_optimizer
+from opensora.core.pipelines.encoder_cost import EncoderCosts, ValuelessDraws
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Size
 from opensora.core.rehearsal import Moment, Rehearsal
+from opensora.core.trainable import adapt
 
-__all__ = ["StepCost", "StepRehearsal", "build_on_meta", "iter_lists", "target_dtype"]
+__all__ = ["StepCost", "StepRehearsal", "build_on_meta", "encoder_costs", "iter_lists", "target_dtype"]
 
-_NETWORKS = ("denoiser", "vae", "text_encoder")
 _BACKWARD = ("backward", "end of backward")
 """Two phases: activations go as gradients come, so that the peak is at the one end or at the other."""
 
@@ -40,7 +40,7 @@ class StepCost:
     """(T, H, W) of the videos, in pixels."""
     batch_size: int
     held: Mapping[str, int]
-    """Between steps: parameters, optimizer, average, encoders."""
+    """By category, between steps: parameters, optimizer, average, encoders."""
     gradients: int
     saved: int
     """What the denoiser's layers save for backward: unique storages, without parameters."""
@@ -73,9 +73,7 @@ def build_on_meta(spec: TrainSpec, size: Size | None) -> Parts:
         ComponentError, ConfigError: See `build_parts`.
     """
     parts = build_parts(spec, size_of=lambda: size, meta=True)
-    build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks).denoiser_built(
-        denoiser=parts.denoiser, spec=spec
-    )
+    adapt(parts.denoiser, build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks), spec)
     return parts
 
 
@@ -85,21 +83,31 @@ class StepRehearsal:
     Deep networks whose blocks are alike are rehearsed with a few of them, twice: each block adds the same.
     """
 
-    def __init__(self, spec: TrainSpec, parts: Parts, shares: Shares | None = None, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        spec: TrainSpec,
+        parts: Parts,
+        shares: Shares | None = None,
+        *,
+        encoders: EncoderCosts | None = None,
+        exact: bool = False,
+    ) -> None:
         """Nothing is rehearsed yet.
 
         Args:
             spec: Of the config.
             parts: On the meta device.
             shares: What part of each category one process holds; None: all.
+            encoders: Of these parts, to use again what is known of them.
             exact: Rehearse all blocks.
         """
         shares = shares or Shares()
+        self.encoders = encoders or encoder_costs(spec, parts)
         depths = [] if exact else _short_depths(parts.denoiser, spec.grad_checkpoint)
         self._depth = max((len(each) for each in iter_lists(parts.denoiser)), default=0)
-        shortened = [_shorten(parts, depth) for depth in depths]
+        networks = [_shorten(parts.denoiser, depth) for depth in depths or [self._depth]]
         self._depths = depths or [self._depth]
-        self._steps = [_Step(spec, each, shares) for each in shortened or [parts]]
+        self._steps = [_Step(spec, attrs.evolve(parts, denoiser=each), shares) for each in networks]
 
     def __enter__(self) -> Self:
         """Allocate, without memory, what lasts from step to step."""
@@ -121,13 +129,31 @@ class StepRehearsal:
             ShapeError: The autoencoder or the denoiser can't do this size.
         """
         costs = []
-        for index, step in enumerate(self._steps):
+        for step in self._steps:
             with step.rehearsal:
-                costs.append(step.make(size, batch_size, encodes=index == 0))
-        if len(costs) == 1:
-            return costs[0]
-        short, longer = self._depths
-        return _extrapolate(costs[0], costs[1], (self._depth - short) / (longer - short))
+                costs.append(step.make(size, batch_size))
+        cost = costs[0]
+        if len(costs) > 1:
+            short, longer = self._depths
+            cost = _extrapolate(*costs, (self._depth - short) / (longer - short))
+        return self._with_encoders(cost)
+
+    def _with_encoders(self, cost: StepCost) -> StepCost:
+        """Their weights, which are there all the time, and their work, which comes before the denoiser's."""
+        video, text = self.encoders.video(cost.size, cost.batch_size), self.encoders.text(cost.batch_size)
+        weights = {"encoders": self.encoders.weights}
+        held = {**cost.held, **weights}
+        moments = {
+            "video encoder": {**held, "activations": video.bytes},
+            "text encoder": {**held, "activations": text.bytes},
+            **{name: {**moment.held, **weights} for name, moment in cost.peaks.items()},
+        }
+        return attrs.evolve(
+            cost,
+            held=held,
+            peaks={name: Moment(bytes=sum(each.values()), held=each) for name, each in moments.items()},
+            encoder_flops=video.flops + text.flops,
+        )
 
 
 class _Step:
@@ -149,19 +175,13 @@ class _Step:
 
     def prepare(self) -> None:
         """Give the parts tensors, and make a step that allocates the optimizer's."""
-        for part in (self.parts.vae, self.parts.text_encoder):
-            if isinstance(part, nn.Module):
-                self.rehearsal.fake(part, "encoders", dtype=self.dtype)
         denoiser = self.parts.denoiser.train()
         self.rehearsal.fake(denoiser, "parameters")
         checkpoint_activations(denoiser, self.spec.grad_checkpoint)
         self.accelerator = _Rehearsed(self.dtype)
         self.predict = self.accelerator.prepare(denoiser)
         self.parameters = [each for each in denoiser.parameters() if each.requires_grad]
-        spec = self.spec
-        self.optimizer = build_adamw(
-            self.parameters, lr=spec.lr, betas=spec.adam_betas, eps=spec.adam_eps, weight_decay=spec.weight_decay
-        )
+        self.optimizer = build_optimizer(self.parameters, self.spec)
         with self.rehearsal.counting_as("optimizer"):
             for each in self.parameters:
                 each.grad = torch.zeros_like(each)
@@ -171,16 +191,17 @@ class _Step:
         for each in self.parameters:
             each.register_post_accumulate_grad_hook(self._note_gradient)
 
-    def make(self, size: Size, batch_size: int, *, encodes: bool = True) -> StepCost:
-        """See `StepRehearsal.step`. Not ``encodes``: leave the encoders' work out."""
+    def make(self, size: Size, batch_size: int) -> StepCost:
+        """See `StepRehearsal.step`; without the encoders."""
         rehearsal = self.rehearsal
         rehearsal.reset()
+        rehearsal.begin("inputs")
         held = {name: amount for name, amount in rehearsal.held.items() if amount and name != "activations"}
-        latents, conditioning = self._encode(size, batch_size, encodes=encodes)
+        latents, conditioning = self._inputs(size, batch_size)
         saved: dict[int, int] = {}
         rehearsal.begin("forward")
         with self._autograd_hooks(saved):
-            losses = self.parts.scheduler.loss(self.predict, latents, conditioning, draws=_Draws(batch_size))
+            losses = self.parts.scheduler.loss(self.predict, latents, conditioning, draws=ValuelessDraws(batch_size))
             loss = losses.sum() / batch_size
         host = rehearsal.held["host"]
         del latents, conditioning, losses
@@ -204,7 +225,7 @@ class _Step:
             host=round(self.shares.activations * host),
             peaks=self._with_gathered(rehearsal.peaks),
             flops=round(self.shares.activations * sum(flops[phase] for phase in ("forward", *_BACKWARD))),
-            encoder_flops=flops["video encoder"] + flops["text encoder"],
+            encoder_flops=0,
         )
 
     def _note_gradient(self, parameter: nn.Parameter) -> None:
@@ -221,16 +242,10 @@ class _Step:
             average.train_start(run=SimpleNamespace(module=self.parts.denoiser))  # type: ignore[arg-type]  # all it needs
         return average
 
-    @torch.no_grad()
-    def _encode(self, size: Size, batch_size: int, *, encodes: bool) -> tuple[Tensor, Conditioning]:
+    def _inputs(self, size: Size, batch_size: int) -> tuple[Tensor, Conditioning]:
+        """What the encoders leave for the scheduler."""
         vae = self.parts.vae
-        if encodes:
-            self.rehearsal.begin("video encoder")
-            latents = vae.encode(torch.empty(batch_size, 3, *size), draws=_Draws(batch_size)).float()
-            self.rehearsal.begin("text encoder")
-            self._encode_text(batch_size)
-        else:
-            latents = torch.empty(batch_size, vae.latent_channels, *vae.latent_size(size))
+        latents = torch.empty(batch_size, vae.latent_channels, *vae.latent_size(size))
         conditioning = self._told(batch_size)
         numbers = {
             name: torch.empty(batch_size)
@@ -244,26 +259,15 @@ class _Step:
             conditioning = conditioning.replace(frame_mask=mask)
         return latents, conditioning
 
-    def _encode_text(self, batch_size: int) -> None:
-        """What follows the tokenizer, for prompts of full length, if the encoder has a method for it."""
-        encoder: Any = self.parts.text_encoder
-        if not hasattr(encoder, "encode_tokens"):
-            return
-        tokens = torch.empty(batch_size, getattr(encoder, "max_tokens", encoder.max_length), dtype=torch.int64)
-        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        named = inspect.signature(encoder.encode_tokens).parameters
-        encoder.encode_tokens(**{name: value for name, value in given.items() if name in named})
-
     def _told(self, batch_size: int) -> Conditioning:
         """As the text encoder gives it, for prompts of full length."""
         encoder: Any = self.parts.text_encoder
         if encoder.width is None:
             return Conditioning(labels=torch.empty(batch_size, dtype=torch.int64))
-        dtypes = (each.dtype for each in encoder.parameters() if each.is_floating_point())
+        has_weights = any(each.is_floating_point() for each in encoder.parameters())
+        dtype = self.dtype if has_weights else torch.float32
         return Conditioning(
-            text_embedding=torch.empty(
-                batch_size, encoder.max_length, encoder.width, dtype=next(dtypes, torch.float32)
-            ),
+            text_embedding=torch.empty(batch_size, encoder.max_length, encoder.width, dtype=dtype),
             text_mask=torch.empty(batch_size, encoder.max_length, dtype=torch.bool),
         )
 
@@ -313,27 +317,26 @@ def _short_depths(network: nn.Module, which: bool | int | str) -> list[int]:
     (depth,) = depths
     if len(lists) > 1 and period > 1:  # the n-th are counted through all lists
         return []
-    short = 2 * period + depth % period
-    return [short, short + period] if depth > short + 2 * period else []
+    short = 2 * period + depth % period  # with fewer, backward has no middle to divide it at
+    return [short, short + period] if depth > short + period else []
 
 
 def _are_alike(blocks: nn.ModuleList) -> bool:
     """Whether they have the same layers with the same parameters, of which the same are trained."""
-    return 1 == len(
-        {
-            (
-                tuple(type(each) for each in block.modules()),
-                tuple((name, each.shape, each.requires_grad) for name, each in block.named_parameters()),
-            )
-            for block in blocks
-        }
-    )
+    kinds = {
+        (
+            tuple(type(each) for each in block.modules()),
+            tuple((name, each.shape, each.requires_grad) for name, each in block.named_parameters()),
+        )
+        for block in blocks
+    }
+    return len(kinds) == 1
 
 
-def _shorten(parts: Parts, depth: int) -> Parts:
-    """A copy, on the meta device, with the first so many blocks of each list of the denoiser's."""
-    short = attrs.evolve(parts, **{name: copy.deepcopy(getattr(parts, name)) for name in _NETWORKS})
-    for blocks in list(iter_lists(short.denoiser)):
+def _shorten(network: nn.Module, depth: int) -> nn.Module:
+    """A copy, on the meta device, with the first so many blocks of each list."""
+    short = copy.deepcopy(network)
+    for blocks in list(iter_lists(short)):
         del blocks[depth:]
     return short
 
@@ -347,18 +350,18 @@ def _extrapolate(short: StepCost, longer: StepCost, factor: float) -> StepCost:
     def lines(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
         return {name: line(one.get(name, 0), other.get(name, 0)) for name in {**one, **other}}
 
-    held = lines(short.held, longer.held)
-    peaks = {}
-    for name, one in short.peaks.items():
-        if name in longer.peaks:
-            parts = lines(one.held, longer.peaks[name].held)
-        else:  # a phase of the encoders
-            parts = {**held, "activations": one.held.get("activations", 0)}
-        peaks[name] = Moment(bytes=sum(parts.values()), held=parts)
+    moments = {name: lines(one.held, longer.peaks[name].held) for name, one in short.peaks.items()}
+    peaks = {name: Moment(bytes=sum(each.values()), held=each) for name, each in moments.items()}
     numbers = {
         name: line(getattr(short, name), getattr(longer, name)) for name in ("gradients", "saved", "host", "flops")
     }
-    return attrs.evolve(short, held=held, peaks=peaks, **numbers)
+    return attrs.evolve(short, held=lines(short.held, longer.held), peaks=peaks, **numbers)
+
+
+def encoder_costs(spec: TrainSpec, parts: Parts) -> EncoderCosts:
+    """Of the config's encoders; a text encoder that the config keeps on the CPU takes nothing of the device."""
+    is_apart = spec.text_encoder.options.get("device") == "cpu" and spec.device != "cpu"
+    return EncoderCosts(parts, target_dtype(spec), counts_text=not is_apart)
 
 
 def target_dtype(spec: TrainSpec) -> torch.dtype:
@@ -376,19 +379,3 @@ class _Rehearsed(Accelerator):
     def prepare(self, module: nn.Module) -> Callable[..., Any]:
         """It is where it belongs already."""
         return self._autocast(module)
-
-
-@frozen
-class _Draws:
-    """Random numbers without values."""
-
-    batch_size: int
-
-    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
-        return torch.empty(self.batch_size, *shape)
-
-    def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
-        return torch.empty(self.batch_size, *shape)
-
-    def integers(self, name: str, high: int, shape: Sequence[int] = ()) -> Tensor:
-        return torch.empty(self.batch_size, *shape, dtype=torch.int64)

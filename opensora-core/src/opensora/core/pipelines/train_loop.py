@@ -17,6 +17,7 @@ from opensora.core.frame_masks import draw_frame_mask
 from opensora.core.loading import Batch, stand_in
 from opensora.core.pipelines.loop import Counters, LoopRun, Update, train
 from opensora.core.pipelines.train_spec import TrainSpec
+from opensora.core.profiling import marked
 from opensora.core.protocols import Denoiser, Size
 from opensora.core.randomness import Draws
 
@@ -48,7 +49,7 @@ class TrainRun(LoopRun):
         used, weight = (batch, 1.0) if len(batch) else (self.stand_in(size), 0.0)
         latents, conditioning = encode(self, used)
         draws = used.draws(self.accelerator.device)
-        with offloading(self.accelerator.device) if self.spec.offload else nullcontext():
+        with marked("forward"), offloading(self.accelerator.device) if self.spec.offload else nullcontext():
             losses = self.parts.scheduler.loss(self.predict, latents, conditioning, draws=draws)  # [B]
         self.sample_losses.append(losses.detach())
         return losses.sum() * (weight / batch.nominal_size)
@@ -65,8 +66,10 @@ class TrainRun(LoopRun):
 def encode(run: TrainRun, batch: Batch) -> tuple[Tensor, Conditioning]:
     """Latents and conditioning of a batch on the device, with frames masked and captions dropped as configured."""
     device, draws = run.accelerator.device, batch.draws(run.accelerator.device)
-    latents = encode_video(run, batch, draws)
-    text = batch.text if batch.text is not None else run.parts.text_encoder.encode(batch.texts)
+    with marked("vae"):
+        latents = encode_video(run, batch, draws)
+    with marked("text"):
+        text = batch.text if batch.text is not None else run.parts.text_encoder.encode(batch.texts)
     sizes = batch.conditioning
     conditioning = text.replace(
         fps=sizes.fps,
