@@ -278,3 +278,15 @@ def test_conforms(folder):
     prompts = ["a wave", "", "red sea"]
     report = check_text_encoder("t5", from_pretrained=str(folder), model_max_length=6, prompts=prompts)
     assert any("cuts off" in title for title in report.passed)
+
+
+def test_a_fingerprint_is_of_the_tokens(folder, tmp_path):
+    import shutil
+
+    encoder = build(folder)
+    assert encoder.fingerprint() == build(folder, clean_text=False).fingerprint()
+    shutil.copytree(folder, tmp_path / "other")
+    other = build(tmp_path / "other")
+    assert other.fingerprint() == encoder.fingerprint()
+    other.tokenizer.add_tokens(["zebra"])
+    assert other.fingerprint() != encoder.fingerprint()

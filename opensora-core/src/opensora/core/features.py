@@ -38,6 +38,7 @@ __all__ = [
     "Features",
     "LazyEncoder",
     "draw_latents",
+    "narrowed",
     "open_features",
     "ready_encoders",
     "ready_stand_in",
@@ -302,7 +303,7 @@ class Features:
         if (found := self.cache.get(LATENTS, name)) is not None:  # made meanwhile, here or by another process
             return found
         made = {key: each[0].cpu() for key, each in self._encode(video[None].to(self.accelerator.device)).items()}
-        made = {key: _narrowed(each, self.vae_dtype) for key, each in made.items()}
+        made = {key: narrowed(each, self.vae_dtype) for key, each in made.items()}
         self.keep(LATENTS, name, made, path)
         return made
 
@@ -532,7 +533,7 @@ def _conditioning(tensors: Mapping[str, Tensor]) -> Conditioning:
     return Conditioning(**own, extra=extra)
 
 
-def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In half precision, where each number is one of those that has: networks in half precision give such."""
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype``, if that has each of the numbers: what networks in half precision give takes half the room."""
     narrow = tensor.to(dtype) if tensor.dtype is torch.float32 else tensor
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
