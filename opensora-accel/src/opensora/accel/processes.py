@@ -17,9 +17,8 @@ import torch.distributed as dist
 from attrs import field, frozen
 from attrs.validators import ge, gt
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from opensora.core.accelerator import Accelerator, DtypeName
+from opensora.core.accelerator import Accelerator, DtypeName, cast_module
 from opensora.core.errors import ConfigError, MachineError
 from opensora.core.shares import Shares
 
@@ -51,8 +50,8 @@ class Processes(Accelerator):
     """
 
     Spec: type = ProcessesSpec
-    mesh: DeviceMesh
-    """The grid of all processes, with axes ``data`` and ``sequence``; there once they are joined."""
+    _row: dist.ProcessGroup
+    """The processes that share this one's samples; there once they are joined, if there are others."""
 
     def __init__(self, spec: Any, *, device: str | None = None, dtype: DtypeName = "auto") -> None:
         """Read this process's place from the environment; the others are joined on ``__enter__``.
@@ -110,8 +109,9 @@ class Processes(Accelerator):
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=self.spec.timeout_s))
             self._patient = dist.new_group(backend="gloo", timeout=VERY_LONG)
-            shape = (self.data_world_size, self.spec.sp_size)
-            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "sequence"))
+            if self.spec.sp_size > 1:
+                limit = timedelta(seconds=self.spec.timeout_s)
+                self._row, _ = dist.new_subgroups(self.spec.sp_size, timeout=limit)  # type: ignore[no-untyped-call]
         except dist.DistError as error:
             raise MachineError(_joining_failed(str(error), os.environ)) from error
         return self
@@ -142,12 +142,23 @@ class Processes(Accelerator):
         if self.spec.sp_size > 1 and isinstance(module, nn.Module):
             from opensora.accel.sequence_parallel import parallelize_sequence  # imports torch's compiler
 
-            parallelize_sequence(module, self.mesh.get_group("sequence"))
+            parallelize_sequence(module, self._row)
 
     def predictor(self, network: Callable[..., Any]) -> Callable[..., Any]:
         """As `Accelerator.predictor`; processes that share their samples must all call it."""
         self.share_sequence(network)
         return super().predictor(network)
+
+    def spread(self, module: nn.Module, *, dtype: torch.dtype) -> None:
+        """As `Accelerator.spread`, by torch's ``fully_shard``.
+
+        Raises:
+            MachineError: This torch has none.
+        """
+        from opensora.accel.spreading import spread
+
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        spread(cast_module(module, CPU, dtype), mesh)
 
     def mean(self, value: Tensor) -> Tensor:
         """As `Accelerator.mean`; ``value`` is not modified."""
@@ -199,7 +210,9 @@ def read_place(environment: Mapping[str, str]) -> Place:
     """
     needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not environment.get(name)]:
-        raise MachineError(f"An accelerator of several processes found no {', '.join(missing)} in the environment. {HOW_TO_START}")
+        raise MachineError(
+            f"An accelerator of several processes found no {', '.join(missing)} in the environment. {HOW_TO_START}"
+        )
     try:
         return Place(*(int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     except ValueError as error:

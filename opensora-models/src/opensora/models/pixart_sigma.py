@@ -112,7 +112,8 @@ class PixArtSigma(PixArt):
     @property
     def sequence_plan(self) -> SequencePlan:
         """Compression needs all tokens of an image, so that whole images are dealt out for it, as frames are elsewhere."""
-        compressed, full = [], []
+        compressed: list[str] = []
+        full: list[str] = []
         for index, block in enumerate(self.blocks):
             kind = compressed if isinstance(block.attn, CompressedAttention) else full
             kind.append(f"blocks.{index}.attn")
