@@ -157,8 +157,7 @@ class Processes(Accelerator):
         """
         from opensora.accel.spreading import spread
 
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-        spread(cast_module(module, CPU, dtype), mesh)
+        spread(cast_module(module, CPU, dtype), self.device)
 
     def mean(self, value: Tensor) -> Tensor:
         """As `Accelerator.mean`; ``value`` is not modified."""

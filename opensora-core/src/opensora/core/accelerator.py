@@ -97,6 +97,10 @@ class Accelerator:
         """
         return cast_module(module, device or self.device, dtype or self.dtype)
 
+    def spread(self, module: nn.Module, *, dtype: torch.dtype) -> None:
+        """`place` a network that isn't trained, with its weights spread over all processes: they must call it equally often."""
+        self.place(module, dtype=dtype)
+
     def predictor(self, network: Callable[..., Any]) -> Callable[..., Any]:
         """What a sampler calls: the placed network, or a method of it, in mixed precision, without exchange of gradients."""
         return self._autocast(network)

@@ -165,6 +165,8 @@ class TextPlacement:
     """As torch names it: "cpu" leaves the GPU's memory to the denoiser. None: that of the run."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """None: that of the run; on another kind of device, what suits it."""
+    shard: bool = False
+    """In training with several processes: spread its weights over them all. Each puts a block together while it computes."""
 
 
 def choose_text_placement(config: ComponentConfig, accelerator: Accelerator) -> tuple[torch.device, torch.dtype]:

@@ -104,8 +104,9 @@ class TextEncoder(Protocol):
     """Prompts to the text part of a `Conditioning`: an ``nn.Module`` built as ``Class(spec)``, frozen and in eval mode.
 
     What it makes of a prompt must not depend on the others of a batch: it may be remembered. ``overflows_in_fp16`` is as for
-    a `VideoAutoencoder`. ``fingerprint() -> str``, optional, stands for what besides options and weights decides what it makes
-    of a prompt, such as its tokens: remembered embeddings of another one aren't used. ``memory_options`` is as there. Options ``device`` and ``dtype`` are core's, for every text encoder: a ``Spec`` has none so named.
+    a `VideoAutoencoder`. ``fingerprint() -> str``, optional, stands for what besides options and weights decides what it
+    makes of a prompt, such as its tokens: remembered embeddings of another one aren't used. ``memory_options`` is as there.
+    Options ``device``, ``dtype`` and ``shard`` are core's, for every text encoder: a ``Spec`` has none so named.
     Optional, for those with a limit: ``cut_off(prompt) -> str``, the end of a prompt that lies beyond it and is not read, in
     its own spelling (T5's is cleaned), "" if all is read; and ``max_tokens`` (int), the limit if not ``max_length``.
     Functions of these names in `opensora.core.text_cuts` know what to answer for encoders without.

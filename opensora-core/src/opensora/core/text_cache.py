@@ -52,6 +52,10 @@ class CachedTextEncoder:
         unique = list(dict.fromkeys(prompts))
         return all(self._look_up(prompt).nbytes * len(unique) <= self.capacity for prompt in unique)
 
+    def num_missing(self, prompts: Sequence[str]) -> int:
+        """How many of these prompts are not remembered."""
+        return len(set(prompts) - self._known.keys())
+
     def release(self) -> None:
         """Free the text encoder's memory. What is remembered can still be had, nothing else."""
         self._encoder = None

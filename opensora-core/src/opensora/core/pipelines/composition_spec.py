@@ -74,4 +74,4 @@ class CompositionSpec(RunSpec):
     """The video autoencoder; the default works on pixels."""
     text_encoder: ComponentConfig = field(factory=_hashed_words)
     """The default needs no download and is meant for demos and tests. Besides its own options: device and dtype (None: those
-    of the run)."""
+    of the run), and shard (in training, spread its weights over all processes)."""

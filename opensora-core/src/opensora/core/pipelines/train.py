@@ -51,6 +51,7 @@ from opensora.core.randomness import SampleKey
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder
 from opensora.core.stopping import StopRequest, stopping_on_signals
 from opensora.core.text_cache import CachedTextEncoder
+from opensora.core.text_sharding import SharedTextEncoder, check_sharing, share_weights
 from opensora.core.tokens import count_tokens
 from opensora.core.trainable import adapt
 from opensora.core.validation import held_out_rows
@@ -138,6 +139,8 @@ class Train(Training):
             structure_spec("datasets", spec.validation.data, locations=config.locations, path=("validation", "data"))
         if spec.mask_ratios:
             check_mask_ratios(spec.mask_ratios)
+        if spec.text_encoder.options.get("shard"):
+            check_sharing(spec)
 
     def build_run(
         self, folder: Path, accelerator: Accelerator, stop: StopRequest, *, load_pretrained: bool
@@ -241,8 +244,13 @@ def build_run(
     adapt(parts.denoiser, hooks, spec)
     predict = wrap(accelerator.prepare(parts.denoiser.train()), hooks, spec)
     place(parts.vae, accelerator)
-    place(parts.text_encoder, accelerator, text_device, text_dtype)
-    parts = attrs.evolve(parts, text_encoder=remembering(parts.text_encoder, len(dataset), spec.text_cache_gib))
+    texts = remembering(parts.text_encoder, len(dataset), spec.text_cache_gib)
+    if spec.text_encoder.options.get("shard"):
+        share_weights(parts.text_encoder, accelerator, text_dtype)
+        texts = SharedTextEncoder(texts, sharded=parts.text_encoder, accelerator=accelerator)
+    else:
+        place(parts.text_encoder, accelerator, text_device, text_dtype)
+    parts = attrs.evolve(parts, text_encoder=texts)
     parameters = [parameter for parameter in parts.denoiser.parameters() if parameter.requires_grad]
     log.info(
         "%s: %s parameters to train of %s; %s samples, %s a step, %d steps; %s on %d x %s, seed %d",

@@ -90,7 +90,7 @@ class TrainVAE(Training):
             last_layer=learner.vae.temporal_last_layer,
             adversary=adversary,
             parameters=parameters,
-            optimizer=build_optimizer(parameters, spec),
+            optimizer=accelerator.prepare_optimizer(build_optimizer(parameters, spec)),
             dataset=dataset,
             order=order,
             slicing=slicing,
@@ -193,7 +193,7 @@ def build_adversary(
         discriminator=discriminator,
         judge=accelerator.predictor(discriminator.judge),
         contest=contest,
-        optimizer=build_optimizer(parameters, spec),
+        optimizer=accelerator.prepare_optimizer(build_optimizer(parameters, spec)),
         loss=DiscriminatorLoss(
             discriminator_factor=spec.discriminator_factor,
             discriminator_start=spec.discriminator_start,
