@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from runs import Command, command_line, environment, losses, tiny_training, weights
+from witness import install, samples_of_steps
 
 
 def train(command: Command, config: Path, folder: Path, *flags: object) -> None:
@@ -20,11 +21,13 @@ def train(command: Command, config: Path, folder: Path, *flags: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def kill_while_it_trains(arguments: list[str], folder: Path, delay_s: float, cwd: Path) -> bool:
+def kill_while_it_trains(
+    arguments: list[str], folder: Path, delay_s: float, cwd: Path, variables: dict[str, str] | None = None
+) -> bool:
     """Start a command and kill it, ``delay_s`` after it has logged a step. Returns whether the kill came before its end."""
     metrics, begin = folder / "metrics.jsonl", time.time()
     process = subprocess.Popen(
-        arguments, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        arguments, cwd=cwd, env=variables or environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime > begin + 0.2):
         time.sleep(0.005)
@@ -76,6 +79,44 @@ def test_run_killed_twenty_times_resumes_bit_for_bit(
     in_saves = kill_and_resume(config, tmp_path / "killed", 20, tmp_path, *flags)
     assert in_saves >= 3, "too few of the kills hit a save"
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("kills", "rounds"), [(6, (2,)), (14, (2, 4, 1))], ids=["2 processes", "2, 4 and 1 processes, saved meanwhile"]
+)
+def test_dealt_out_run_killed_at_random_goes_on(
+    kills: int, rounds: tuple[int, ...], command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also with another number of processes each time; and no sample is left out or seen twice."""
+    steps, folder, variables = 150, tmp_path / "killed", {**environment(), **install(tmp_path / "site")}
+    values = tiny_training(
+        clips, max_steps=steps, ckpt_every=1, adam_eps=1e-6, accelerator={"type": "fsdp"}, hooks=[{"type": "witness"}]
+    )
+    whole = write({**values, "batch_size": 4, "ckpt_every": 0}, "whole.py")
+    done = command("opensora-run", whole, "--run-folder", tmp_path / "whole", "--nproc", 2, env=variables)
+    assert done.returncode == 0, done.stderr
+    meanwhile = len(rounds) > 1
+    chance, in_saves, config = random.Random(5), 0, write({**values, "async_checkpoints": meanwhile})
+    for turn in range(kills + 1):
+        processes = rounds[turn % len(rounds)]
+        options = ["--run-folder", folder, "--resume", True, "--nproc", processes, "--batch-size", 8 // processes]
+        resuming = command_line("opensora-run", config, *options)
+        if turn < kills:
+            assert kill_while_it_trains(resuming, folder, chance.uniform(0.0, 0.4), tmp_path, variables)
+            in_saves += any((folder / "checkpoints").glob(".step-*"))
+    done = subprocess.run(resuming, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert in_saves, "no kill hit a save"
+    if meanwhile:
+        torch.testing.assert_close(losses(tmp_path / "whole"), losses(folder), rtol=1e-5, atol=1e-5)
+    else:
+        assert losses(tmp_path / "whole") == losses(folder)
+    seen = samples_of_steps(folder)
+    assert list(seen) == list(range(1, steps + 1))
+    shown = [key for keys in seen.values() for key in keys]
+    assert sorted(shown) == [(epoch, row) for epoch in range(steps * 8 // 24) for row in range(24)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -160,9 +201,17 @@ def test_loading_another_models_checkpoint_leaves_the_run_as_it_was(
     before = (tmp_path / "run" / "config.py").read_text()
     done = command("opensora-run", config, "--load", tmp_path / "run", "--model.hidden_size", 64)
     assert done.returncode == 2, done.stderr
-    assert "does not fit" in done.stderr
+    assert "does not fit this config" in done.stderr
+    assert "model.hidden_size: 32 -> 64" in done.stderr
     assert (tmp_path / "run" / "config.py").read_text() == before
-    assert command("opensora-run", tmp_path / "run" / "config.py", "--load", tmp_path / "run").returncode == 0
+    done = command("opensora-run", config, "--load", tmp_path / "run", "--model.hidden_size", 64, "--allow-changes")
+    assert done.returncode == 2, done.stderr
+    assert "does not fit this config's model STDiT3" in done.stderr
+    assert (tmp_path / "run" / "config.py").read_text() == before
+    changed = write(tiny_training(clips, max_steps=2, mask_ratios={"image_head": 0.5}), "changed.py")
+    done = command("opensora-run", changed, "--load", tmp_path / "run", "--allow-changes")
+    assert done.returncode == 0, done.stderr
+    assert "mask_ratios: None -> {'image_head': 0.5}" in done.stderr
 
 
 def test_optimizer_options_are_those_of_the_config_after_resuming(
@@ -175,6 +224,9 @@ def test_optimizer_options_are_those_of_the_config_after_resuming(
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     (group,) = torch.load(newest / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"]
     assert group["weight_decay"] == 0.1
+    assert "(then -> now): weight_decay: 0.0 -> 0.1; max_steps: 2 -> 4" in done.stderr.replace(
+        "accelerator: None -> None; ", ""
+    )
 
 
 def test_two_runs_do_not_share_a_folder(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from opensora.core.accelerator import DtypeName, cast_module
 from opensora.core.blocks import iter_blocks
 from opensora.core.errors import ConfigError, MachineError
 from opensora.core.sharding import own_part
+from opensora.core.shares import Shares
 
 __all__ = ["FSDP", "FSDPSpec"]
 
@@ -41,7 +42,7 @@ class FSDPSpec(ProcessesSpec):
     False keeps them in between: one exchange less a block, and memory for all weights."""
     replicas: int = field(default=1, validator=ge(1))
     """Groups of processes, each with a whole copy dealt out among its own; gradients are averaged over all. As many as there
-    are machines keeps the exchange of weights within each. The number of processes must be a multiple; 1 deals out over all."""
+    are machines keeps the exchange of weights within each. The number of processes must be a multiple; 1 is one group."""
     offload: bool = False
     """Keep weights, gradients and optimizer state in the CPU's memory, and bring a block to the GPU when its turn comes; the
     optimizer steps on the CPU. Slow; for models that fit no other way. Has not been run on a GPU yet."""
@@ -65,12 +66,18 @@ class FSDP(Processes):
         super().__init__(spec, device=device, dtype=dtype)
         if self.world_size % spec.replicas or (self.world_size // spec.replicas) % spec.sp_size:
             raise ConfigError(
-                f"accelerator.replicas is {spec.replicas}, but {self.world_size} processes can't be dealt out in so many groups"
+                f"accelerator.replicas is {spec.replicas}, but {self.world_size} processes can't be put into so many groups"
                 f"{f' of a multiple of sp_size = {spec.sp_size}' if spec.sp_size > 1 else ''}. Start a multiple of it."
             )
         self._prepared: list[Any] = []
         self._awaited: list[nn.Module] = []
         """Networks that will be sampled from, once they are placed."""
+
+    @classmethod
+    def shares(cls, spec: Any, world_size: int) -> Shares:
+        """As `Accelerator.shares`: of all that is trained."""
+        own = spec.replicas / world_size
+        return Shares(parameters=own, gradients=own, optimizer=own, activations=1 / spec.sp_size, gathers_blocks=True)
 
     @property
     def share_size(self) -> int:
@@ -136,7 +143,7 @@ class FSDP(Processes):
             # Weights that are put together in inference mode could not be trained on afterwards.
             with torch.inference_mode(False), torch.no_grad():
                 output = run(*inputs)
-            network.reshard()  # the outermost keeps its weights for a backward pass that does not come
+            cast("Any", network).reshard()  # the outermost keeps its weights for a backward pass that does not come
             return output
 
         return call
@@ -149,7 +156,9 @@ class FSDP(Processes):
             dtype: What to compute in; None: as it is.
         """
         fsdp = _fsdp()
-        policy: dict[str, Any] = {"cast_forward_inputs": False}  # a timestep would be rounded; autocast casts what it must
+        policy: dict[str, Any] = {
+            "cast_forward_inputs": False
+        }  # a timestep would be rounded; autocast casts what it must
         if dtype is not None:
             policy |= {"param_dtype": dtype, "reduce_dtype": torch.float32}
         options: dict[str, Any] = {"mesh": self._mesh}
@@ -193,7 +202,7 @@ class FSDP(Processes):
         loose = [each.grad for each in parameters if each.grad is not None and own_part(each.grad) is each.grad]
         if loose:
             together = self.mean(torch.cat([gradient.flatten() for gradient in loose]))
-            for gradient, mean in zip(loose, together.split([each.numel() for each in loose]), strict=True):
+            for gradient, mean in zip(loose, torch.split(together, [each.numel() for each in loose]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
         return super().update(optimizer, parameters, grad_clip=grad_clip)
 
@@ -220,7 +229,9 @@ def _own(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 def _kept_whole(module: nn.Module, fsdp: Any) -> set[nn.Parameter]:
     """Parameters that are not dealt out: single numbers, which have no slices; frozen tables, whose precision counts."""
-    if "ignored_params" not in signature(fsdp.fully_shard).parameters:  # torch 2.6 lacks it, and says no to single numbers
+    if (
+        "ignored_params" not in signature(fsdp.fully_shard).parameters
+    ):  # torch 2.6 lacks it, and says no to single numbers
         return set()
     return {each for each in module.parameters() if each.dim() == 0 or (each.dim() == 1 and not each.requires_grad)}
 
@@ -231,7 +242,7 @@ def _fsdp() -> Any:
     Raises:
         MachineError: It hasn't.
     """
-    import torch.distributed.fsdp as fsdp
+    from torch.distributed import fsdp
 
     if not hasattr(fsdp, "fully_shard"):
         raise MachineError(

@@ -40,6 +40,7 @@ class Saver:
     def begin(self, step: int, build: Callable[[], Checkpoint]) -> None:
         """Begin to write; all processes must call it, and `finish`, by turns. ``build`` is asked by those that write."""
         self.step, self._outcome = step, None
+        write: Callable[[Path, int, Checkpoint], Path]
         if self.accelerator.shards_state:
             write = partial(save_checkpoint_together, group=self.accelerator.saving_group)
         elif self.accelerator.is_main or self.accelerator.builds_together:

@@ -100,7 +100,7 @@ def save_shards(
     Raises:
         OSError: It can't be written by one of them; nothing is left.
     """
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     peers = _Peers(group)
     flat = {f"{stem}{_SEPARATOR}{key}": each.detach() for stem, own in tensors.items() for key, each in own.items()}
@@ -109,7 +109,7 @@ def save_shards(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about its own use of DTensors
-            peers.each(lambda: _ignore(dcp.save(flat, storage_writer=dcp.FileSystemWriter(temporary), process_group=group)))
+            peers.each(lambda: _ignore(save(flat, storage_writer=_writer(temporary), process_group=group)))
         peers.main(lambda: _write_rest(temporary, rest, state))
         own = [*temporary.glob(f"__{peers.rank}_*.distcp")]
         own += [temporary / name for name in (METADATA, "optimizer.pt", "state.json")] if peers.rank == 0 else []
@@ -131,6 +131,23 @@ def _make(folder: Path) -> Path:
     discard(folder)
     folder.mkdir()
     return folder
+
+
+def _writer(folder: Path) -> Any:
+    """Writes as torch does, but says why it couldn't."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    class Writer(FileSystemWriter):
+        def write_data(self, *arguments: Any, **keywords: Any) -> Any:
+            try:
+                return super().write_data(*arguments, **keywords)
+            except RuntimeError as error:  # "unexpected pos", in place of what the file said
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, OSError):
+                    cause = cause.__context__
+                raise cause or error from None
+
+    return Writer(folder)
 
 
 def _ignore(_: object) -> None:
@@ -210,8 +227,8 @@ def _fill(value: Any, path: tuple[str | int, ...], read: Mapping[str, Tensor]) -
 
 def _read(folder: Path, paths: Mapping[str, tuple[str | int, ...]], like: Like | None) -> dict[str, Tensor]:
     """Tensors by their name in the metadata, given their places."""
-    from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     metadata = _read_metadata(folder)
     targets: dict[str, Tensor] = {}
@@ -225,7 +242,7 @@ def _read(folder: Path, paths: Mapping[str, tuple[str | int, ...]], like: Like |
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning)  # of torch: that no other process takes part
-            dcp.load(targets, storage_reader=_reader(folder), no_dist=True)
+            load(targets, storage_reader=_reader(folder), no_dist=True)
     except CheckpointException as error:
         raise ValueError(next((reason(failure) for failure, _ in error.failures.values()), "unknown")) from error
     return targets
@@ -233,9 +250,9 @@ def _read(folder: Path, paths: Mapping[str, tuple[str | int, ...]], like: Like |
 
 def _reader(folder: Path) -> Any:
     """Reads a folder as torch does, but runs no code that its metadata, a pickle, may ask for."""
-    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    class Reader(dcp.FileSystemReader):
+    class Reader(FileSystemReader):
         def read_metadata(self, *_: Any, **__: Any) -> Metadata:
             return _read_metadata(folder)
 

@@ -23,7 +23,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part, in the same memory; a plain tensor itself."""
-    return cast("Tensor", tensor.to_local()) if is_sharded(tensor) else tensor  # type: ignore[operator]  # a DTensor has it
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else cast("Tensor", local())
 
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class LoopSpec(RunSpec):
     )
     """What decides what is trained, and on what in which order: a run that goes on may not change these unasked."""
     free_keys: ClassVar[frozenset[str]] = frozenset(
-        {"model.from_pretrained", "model.partial", "model.grow", "text_encoder.device", "text_encoder.dtype"}
+        {"model.from_pretrained", "model.adapter", "model.partial", "model.grow", "text_encoder.device", "text_encoder.dtype"}
     )
     """Those among them that make no difference once a checkpoint is there."""
 
