@@ -14,7 +14,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tests run side by side
 PARTS = {
     "opensora-core": "[tensorboard,plot,openai]",
     "opensora-models": "[minilm,8bit]",
-    "opensora-data": "[quickstart]",
+    "opensora-data": "[quickstart,webdataset]",
 }
 
 nox.needs_version = ">=2024.4.15"

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from struct import error as StructError
 from types import TracebackType
@@ -127,6 +128,7 @@ class VideoFile:
     Args:
         as_shown: Turn the frames as a flag in the file asks players to, and stretch them if their pixels aren't square.
             Without it both are ignored, as the field's loaders do.
+        content: The file's bytes, where they are part of another file; ``path`` is then what messages call them.
 
     Raises:
         DataError: The file is missing, cut short, empty, or no video.
@@ -136,14 +138,15 @@ class VideoFile:
     remarks: Sequence[str]
     """What ``as_shown`` changed, in words."""
 
-    def __init__(self, path: str | Path, *, as_shown: bool = False) -> None:
+    def __init__(self, path: str | Path, *, as_shown: bool = False, content: bytes | None = None) -> None:
         self.path = Path(path)
+        self._content = content
         self.remarks = []
         self._is_read_from = False
         self._packets: _PacketTable | None = None
         self._quarter_turns = 0  # counterclockwise
         self._stretched_width: int | None = None
-        self._container = _open(self.path)
+        self._container = _open(self.path, content)
         try:
             self._stream = self._video_stream()
             self.info = self._probe()
@@ -270,7 +273,7 @@ class VideoFile:
         """Open the file anew, if it was read from: not every format can go back to its first frame by seeking."""
         if self._is_read_from:
             self._container.close()
-            self._container = _open(self.path)
+            self._container = _open(self.path, self._content)
             self._stream = self._video_stream()
         self._is_read_from = True
 
@@ -312,7 +315,7 @@ class VideoFile:
             self._fail_truncated(listed, announced)
         if "mp4" not in self._container.format.name or not 0 < announced <= listed:
             return None
-        file_size = self.path.stat().st_size
+        file_size = self._size()
         if beyond := sum(entry.pos + entry.size > file_size for entry in entries):
             self._fail_truncated(listed - beyond, listed)
         return sum(not entry.is_discard for entry in entries)  # an edit list may hide some
@@ -327,11 +330,22 @@ class VideoFile:
                     self._fail_truncated(len(stamps), self._stream.frames)
                 if packet.size and not packet.is_discard:
                     stamps.append((packet.pts, packet.is_keyframe))
-            if "matroska" in self._container.format.name and _is_matroska_cut(self.path):
+            if "matroska" in self._container.format.name and _is_matroska_cut(self._head(256), self._size()):
                 self._fail_truncated(len(stamps), 0)
             # AVI has no presentation times: what libav makes up for them doesn't follow the order of frames.
             self._packets = _PacketTable(stamps, exact=self._container.format.name != "avi")
         return self._packets
+
+    def _size(self) -> int:
+        """Bytes."""
+        return self.path.stat().st_size if self._content is None else len(self._content)
+
+    def _head(self, size: int) -> bytes:
+        """The first bytes."""
+        if self._content is not None:
+            return self._content[:size]
+        with self.path.open("rb") as file:
+            return file.read(size)
 
     def _fail_truncated(self, whole: int, announced: int) -> NoReturn:
         total = f" of {announced}" if announced else ""
@@ -360,7 +374,13 @@ class _PacketTable:
         return self._key_frames[position - 1] if position else None
 
 
-def _open(path: Path) -> InputContainer:
+def _open(path: Path, content: bytes | None = None) -> InputContainer:
+    if content is not None:
+        try:  # no protocol is called "none": nothing that a playlist names can be opened
+            return av.open(BytesIO(content), "r", options={"protocol_whitelist": "none"}, metadata_errors="replace")
+        except av.FFmpegError as error:
+            kind = _describe_content(content[:4096])
+            raise DataError(f"{path} can't be read as a video ({kind}): {error.strerror}.") from error
     if not path.is_file():
         raise DataError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; a video file was expected.")
     try:
@@ -377,6 +397,10 @@ def content_of(path: Path) -> str:
             head = file.read(4096)
     except OSError as error:
         return error.strerror or "unreadable"
+    return _describe_content(head)
+
+
+def _describe_content(head: bytes) -> str:
     if not head:
         return "the file is empty"
     if head[4:8] == b"ftyp" or head.startswith((b"RIFF", b"\x1aE\xdf\xa3", b"\x89PNG", b"\xff\xd8", b"GIF8")):
@@ -385,7 +409,7 @@ def content_of(path: Path) -> str:
     return "it holds text" if is_text else "no known format"
 
 
-def _is_matroska_cut(path: Path) -> bool:
+def _is_matroska_cut(head: bytes, file_size: int) -> bool:
     """Whether a Matroska file ends before the end that it announces; libav reads such a file as a short one.
 
     Source: RFC 8794 (EBML): an element is an id, a size of 1 to 8 bytes (leading zeros count them), and its content.
@@ -396,24 +420,25 @@ def _is_matroska_cut(path: Path) -> bool:
         value = int.from_bytes(head[position : position + length]) & ((1 << 7 * length) - 1)
         return value, position + length
 
-    with path.open("rb") as file:
-        head = file.read(256)
     header_size, start = size_at(4)
     segment = start + header_size
     if head[segment : segment + 4] != b"\x18\x53\x80\x67":
         return False
     segment_size, start = size_at(segment + 4)
     is_unknown = segment_size + 1 == 1 << 7 * (start - segment - 4)  # all ones: a live recording
-    return not is_unknown and start + segment_size > path.stat().st_size
+    return not is_unknown and start + segment_size > file_size
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, *, content: bytes | None = None) -> Image.Image:
     """An image as Pillow's RGB, read completely. Transparency is dropped.
+
+    Args:
+        content: The file's bytes, where they are part of another file; ``path`` is then what messages call them.
 
     Raises:
         DataError: The file is missing, cut short, or no image.
     """
-    with reading_image(path) as image:
+    with reading_image(path, content=content) as image:
         return image.convert("RGB")
 
 
@@ -429,27 +454,28 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 @contextmanager
-def reading_image(path: str | Path) -> Iterator[Image.Image]:
-    """Pillow's image, open for the length of the block; what Pillow raises in it is translated.
+def reading_image(path: str | Path, *, content: bytes | None = None) -> Iterator[Image.Image]:
+    """Pillow's image, open for the length of the block; what Pillow raises in it is translated. See `read_image`.
 
     Raises:
         DataError: The file is missing, cut short, or no image.
     """
     path = Path(path)
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise DataError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; an image file was expected.")
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else BytesIO(content)) as image:
             yield image
     except UnidentifiedImageError as error:
-        raise DataError(f"{path} is not an image{_video_note(path)}.") from error
+        raise DataError(f"{path} is not an image{_video_note(path, content)}.") from error
     except _IMAGE_ERRORS as error:
         raise DataError(f"{path} can't be read as an image: {error}.") from error
 
 
-def _video_note(path: Path) -> str:
+def _video_note(path: Path, content: bytes | None) -> str:
     try:
-        info = probe_video(path)
+        with VideoFile(path, content=content) as file:
+            info = file.info
     except DataError:
         return " that Pillow can read"
     return f" but a video of {info.num_frames} frames"

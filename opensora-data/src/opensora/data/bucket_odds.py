@@ -173,7 +173,8 @@ def _places(resolutions: Sequence[Resolution], exceeded: int | None, frame_inter
             going_on += chosen * (1 - length.accept)
             place = _Place(probability=chosen * length.accept, resolution=resolution, first_bucket=length.first_bucket)
             places.append(place)
-            fate = max(fate, Fate.TURNED_AWAY if length.accept else Fate.TOO_LONG)
+            if chosen:  # else all were stopped by a longer length
+                fate = max(fate, Fate.TURNED_AWAY if length.accept else Fate.TOO_LONG)
         arriving += going_on
     return [*places, _Place(probability=arriving, fate=fate)]
 

@@ -171,6 +171,12 @@ class EpochBatches(Sequence[Sequence[SampleKey]]):
         """Rows that are in a batch of this epoch."""
         return int((self._stop - self._start).sum())
 
+    def count_by_bucket(self) -> list[tuple[Bucket, int, int]]:
+        """The buckets in use, and how many rows and batches each has."""
+        batches = np.bincount(self._bucket_of, minlength=len(self._buckets))
+        rows = np.bincount(self._bucket_of, self._stop - self._start, minlength=len(self._buckets)).astype(np.int64)
+        return [(self._buckets[each], int(rows[each]), int(batches[each])) for each in np.flatnonzero(batches).tolist()]
+
     def rows_before(self, index: int) -> npt.NDArray[np.int32]:
         """The rows of the batches before that one, in their order."""
         pieces = [self._rows[a:b] for a, b in zip(self._start[:index], self._stop[:index], strict=True)]

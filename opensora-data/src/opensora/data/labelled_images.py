@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +42,8 @@ class ClassImages:
     """Images whose `Clip.text` is the label's number, for the text encoder ``classes``."""
 
     Spec = ClassImagesSpec
+    columns = ("path", "label")
+    """Of the table, that are read."""
 
     def __init__(self, spec: ClassImagesSpec) -> None:
         """List the images, but read none.
@@ -58,7 +60,7 @@ class ClassImages:
             self.classes, table = _listed(data_path)
         else:
             self.folder = data_path.parent
-            table = read_table(data_path, ["path", "label"])
+            table = read_table(data_path, self.columns)
         self._paths = StringColumn(table["path"])
         self._labels = table["label"].to_numpy().astype(np.int64)
         if (lowest := self._labels.min()) < 0:
@@ -71,6 +73,10 @@ class ClassImages:
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def row_paths(self) -> Sequence[str]:
+        """The file of each row, as the table names it."""
+        return self._paths
 
     def __getitem__(self, key: SampleKey) -> Clip:
         """The image of row ``key.index``, video [3, 1, *image_size].

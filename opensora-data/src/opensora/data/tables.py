@@ -10,7 +10,7 @@ import polars as pl
 
 from opensora.core.errors import DataError, did_you_mean
 
-__all__ = ["COLUMN_TYPES", "StringColumn", "read_table", "resolve_path"]
+__all__ = ["COLUMN_TYPES", "StringColumn", "find_gaps", "read_present", "read_table", "resolve_path"]
 
 COLUMN_TYPES: dict[str, type[pl.DataType]] = {
     "path": pl.String,
@@ -38,7 +38,49 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pl.DataFrame:
     Raises:
         DataError: The file is missing, unreadable or empty, lacks a column, or has a gap or a value of another type.
     """
-    path = Path(path)
+    table = _read(Path(path), columns)
+    return table.select(_checked(table[column], Path(path)) for column in columns)
+
+
+def read_present(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+    """As `read_table`, but only of those columns that are there, and null where a value can't be used.
+
+    Raises:
+        DataError: The file is missing, unreadable or empty.
+    """
+    header = {name.strip() for name in _read(path, []).columns}
+    present = [column for column in columns if column in header]
+    table = _read(path, present)
+    return table.select(_typed(table[column], path)[0].alias(column) for column in present)
+
+
+def find_gaps(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+    """The values for which `read_table` refuses those columns: row (from 0), path, reason; a row of it for each value.
+
+    Columns that aren't there are passed over.
+
+    Raises:
+        DataError: The file is missing, unreadable or empty.
+    """
+    header = {name.strip() for name in _read(path, []).columns}
+    table = _read(path, [column for column in columns if column in header])
+    found = [pl.DataFrame(schema={"row": pl.UInt32, "reason": pl.String})]
+    for values in table.get_columns():
+        typed, gaps = _typed(values, path)
+        wrong = {"": gaps, "less than 1": (typed < 1) & ~gaps} if values.name in _COUNTS else {"": gaps}
+        for what, mask in wrong.items():
+            rows = mask.arg_true()
+            texts = [f"{values.name} {what or _describe(values[row], values.name)}" for row in rows]
+            found.append(pl.DataFrame({"row": rows, "reason": pl.Series(texts, dtype=pl.String)}))
+    paths = (
+        table["path"].cast(pl.String) if "path" in header else pl.repeat(None, len(table), dtype=pl.String, eager=True)
+    )
+    gaps_of_all = pl.concat(found).sort("row")
+    return gaps_of_all.select("row", paths[gaps_of_all["row"]].alias("path"), "reason")
+
+
+def _read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+    """The named columns as they are; where none is named, the first row with all of them."""
     if not path.is_file():
         raise DataError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; a table was expected.")
     read = _reader_of(path)
@@ -49,7 +91,7 @@ def read_table(path: str | Path, columns: Sequence[str]) -> pl.DataFrame:
         raise DataError(f"{path} can't be read as a table: {reason}.") from error
     if table.is_empty():
         raise DataError(f"{path} has no rows.")
-    return table.select(_checked(table[column], path) for column in columns)
+    return table
 
 
 def resolve_path(path: str, folder: Path) -> Path:
@@ -101,12 +143,16 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     if not path.stat().st_size:
         raise DataError(f"{path} is empty.")
     header = pl.read_csv(path, n_rows=0, infer_schema=False).columns
+    if not columns:
+        return pl.read_csv(path, n_rows=1, infer_schema=False)
     names = _found(header, columns, path)
     # Everything as text: a caption or label column must not become numbers because its first rows look like some.
     return pl.read_csv(path, columns=list(names), infer_schema=False).rename(names)
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+    if not columns:
+        return pl.read_parquet(path, n_rows=1)
     names = _found(list(pl.read_parquet_schema(path)), columns, path)
     return pl.read_parquet(path, columns=list(names)).rename(names)
 
@@ -115,6 +161,8 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     if not path.stat().st_size:
         raise DataError(f"{path} is empty.")
     table = pl.read_ndjson(path, infer_schema_length=None)
+    if not columns:
+        return table.head(1)
     names = _found(table.columns, columns, path)
     return table.select(list(names)).rename(names)
 
@@ -145,7 +193,28 @@ def _checked(values: pl.Series, path: Path) -> pl.Series:
     """The column as its type.
 
     Raises:
-        DataError: A gap, or a value of another type; the message has the first such row.
+        DataError: A gap, or a value of another type or too low; the message has the first such row.
+    """
+    typed, gaps = _typed(values, path)
+    if (first := gaps.arg_max()) is not None and gaps[first]:
+        what = _describe(values[first], values.name)
+        more = f", and {gaps.sum() - 1} more rows" if gaps.sum() > 1 else ""
+        raise DataError(f"{path}: {values.name} {what} in data row {first + 1}{more}.")
+    if values.name in _COUNTS and (few := typed < 1).any():
+        first = int(few.arg_max() or 0)
+        more = f", and in {few.sum() - 1} more rows" if few.sum() > 1 else ""
+        raise DataError(
+            f"{path}: {values.name} is {typed[first]} in data row {first + 1}{more}; it must be at least 1. Tools write "
+            "0 for files that can't be read: take those rows out."
+        )
+    return typed.rename(values.name)
+
+
+def _typed(values: pl.Series, path: Path) -> tuple[pl.Series, pl.Series]:
+    """The column as its type, and where it is null for want of such a value.
+
+    Raises:
+        DataError: It holds lists or the like.
     """
     wanted = COLUMN_TYPES[values.name]
     if values.dtype.is_nested():
@@ -159,17 +228,13 @@ def _checked(values: pl.Series, path: Path) -> pl.Series:
     gaps = typed.is_null() | (
         typed.eq("") if values.name == "path" else typed.is_nan() if wanted == pl.Float64 else False
     )
-    if (first := gaps.arg_max()) is not None and gaps[first]:
-        value = values[first]
-        kind = {pl.String: "text", pl.Int64: "a whole number"}.get(wanted, "a number")
-        what = "is empty" if value in (None, "") else f"is {value!r}, not {kind}"
-        more = f", and {gaps.sum() - 1} more rows" if gaps.sum() > 1 else ""
-        raise DataError(f"{path}: {values.name} {what} in data row {first + 1}{more}.")
-    if values.name in _COUNTS and (few := typed < 1).any():
-        first = int(few.arg_max() or 0)
-        more = f", and in {few.sum() - 1} more rows" if few.sum() > 1 else ""
-        raise DataError(
-            f"{path}: {values.name} is {typed[first]} in data row {first + 1}{more}; it must be at least 1. Tools write "
-            "0 for files that can't be read: take those rows out."
-        )
-    return typed.rename(values.name)
+    return typed, gaps
+
+
+def _describe(value: object, column: str) -> str:
+    """What is wrong with a value that is a gap."""
+    if isinstance(value, str):
+        value = value.strip()
+    wanted = COLUMN_TYPES[column]
+    kind = "text" if wanted == pl.String else "a whole number" if wanted == pl.Int64 else "a number"
+    return "is empty" if value in (None, "") else f"is {value!r}, not {kind}"

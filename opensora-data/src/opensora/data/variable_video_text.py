@@ -54,6 +54,8 @@ class VariableVideoTextDataset:
     """
 
     Spec = VariableVideoTextSpec
+    columns = ("path", "text", "num_frames", "height", "width")
+    """Of the table, that are read."""
 
     def __init__(
         self, spec: VariableVideoTextSpec, *, bucket_config: Mapping[str, Mapping[int | str, Any]] | None = None
@@ -77,7 +79,7 @@ class VariableVideoTextDataset:
                 "width."
             )
         self.folder = Path(spec.data_path).parent
-        table = read_table(spec.data_path, ["path", "text", "num_frames", "height", "width"])
+        table = read_table(spec.data_path, self.columns)
         self._paths, self._texts = StringColumn(table["path"]), StringColumn(table["text"])
         self._num_frames, self._height, self._width = (
             table[name].to_numpy() for name in ("num_frames", "height", "width")
@@ -90,6 +92,10 @@ class VariableVideoTextDataset:
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def row_paths(self) -> Sequence[str]:
+        """The file of each row, as the table names it."""
+        return self._paths
 
     def batches(self, seed: int, epoch: int) -> EpochBatches:
         """The batches of an epoch: which rows, and at which size.
