@@ -39,7 +39,10 @@ RUN_PAGES = [
     ),
     *(
         f"docs/{name}.md"
-        for name in ("step-caches", "models", "weights", "autoencoders", "text-encoders", "data", "open-sora-configs")
+        for name in (
+            *("step-caches", "models", "weights", "autoencoders", "text-encoders", "data", "features"),
+            "open-sora-configs",
+        )
     ),
 ]
 ALL_PAGES = [
