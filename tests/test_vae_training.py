@@ -222,3 +222,24 @@ def test_mistakes_are_told_before_training(
         assert words in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / name / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_autoencoder_that_is_dealt_out_learns_as_in_one_process(
+    command: Command, write: Callable[..., Path], tiny: Callable[..., dict[str, object]], tmp_path: Path
+) -> None:
+    from opensora.core.checkpoints import find_checkpoint, read_checkpoint
+
+    run(command, write(tiny(adam_eps=1e-6)), "--run-folder", tmp_path / "one")
+    dealt = write(tiny(adam_eps=1e-6, batch_size=2, accelerator={"type": "fsdp"}), "dealt.py")
+    run(command, dealt, "--run-folder", tmp_path / "two", "--nproc", 2)
+    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    ours, theirs = (read_checkpoint(find_checkpoint(tmp_path / name)).tensors["model"] for name in ("one", "two"))
+    assert find_checkpoint(tmp_path / "two").joinpath(".metadata").exists()
+    for key, tensor in ours.items():
+        torch.testing.assert_close(theirs[key], tensor, rtol=1e-3, atol=1e-4)
+    against = write(tiny(**ADVERSARIAL, batch_size=2, accelerator={"type": "fsdp"}), "against.py")
+    done = command("opensora-run", against, "--run-folder", tmp_path / "against", "--nproc", 2)
+    assert done.returncode == 2
+    assert 'Use accelerator = dict(type="ddp")' in done.stderr

@@ -36,5 +36,13 @@ def test_what_a_key_covers() -> None:
     assert not change.is_of(frozenset({"model.blo", "block"}))
 
 
+def test_an_option_that_a_new_version_brings_is_told_from_a_key_of_a_value() -> None:
+    then = {"model": {"type": "A"}, "buckets": {"240p": 1}, "vae": {"inner": {"a": 1}}}
+    now = {"model": {"type": "A", "new": 1}, "buckets": {"240p": 1, "480p": 2}, "vae": {"inner": {"a": 1, "b": 2}}}
+    changes = find_changes(then, now)
+    assert all(each.is_missing for each in changes)
+    assert [each.is_within(("model", "vae")) for each in changes] == [True, False, False]
+
+
 def test_values_are_as_json_gives_them_back() -> None:
     assert plain({"buckets": {16: (1.0, 2)}, "path": Path("a")}) == {"buckets": {"16": [1.0, 2]}, "path": "a"}

@@ -108,8 +108,8 @@ class FSDP(Processes):
             ConfigError: See `share_sequence`.
         """
         self.share_sequence(module)  # before anything is put around its blocks
-        for tensor in (*module.parameters(), *module.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
+        for parameter in module.parameters():
+            _broadcast(parameter.detach())
         self._shard(module, self.dtype)
         return self._autocast(module)
 
@@ -212,14 +212,24 @@ class FSDP(Processes):
         parts = [own_part(gradient) for gradient in gradients]
         if not parts:
             return torch.zeros((), device=self.device)
-        squares = torch.stack(torch._foreach_norm(parts)).square()
-        is_slice = torch.tensor([part is not whole for part, whole in zip(parts, gradients, strict=True)])
-        is_slice = is_slice.to(squares.device)
+        home = parts[0].device
+        squares = torch.stack([norm.to(home) for norm in torch._foreach_norm(parts)]).square()
+        is_slice = torch.tensor([part is not whole for part, whole in zip(parts, gradients, strict=True)]).to(home)
         total = (squares * is_slice).sum()
         dist.all_reduce(total, group=self._mesh.get_group("shard"))
         norm = (total + (squares * ~is_slice).sum()).sqrt()
-        torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
+        shrink = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for device in {part.device for part in parts}:  # two, if slices are offloaded and single numbers are not
+            torch._foreach_mul_([part for part in parts if part.device == device], shrink.to(device))
         return norm
+
+
+def _broadcast(tensor: Tensor) -> None:
+    """Give it the main process's values; what it is exchanged through must be contiguous."""
+    values = tensor.contiguous()
+    dist.broadcast(values, src=0)
+    if values is not tensor:
+        tensor.copy_(values)
 
 
 def _own(module: nn.Module, inputs: Any, output: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from attrs import frozen
@@ -21,6 +21,8 @@ class Change:
     """Dotted."""
     then: str
     now: str
+    is_missing: bool = False
+    """Whether one of the two has no such key at all: they are of other versions, or of other components."""
 
     def __str__(self) -> str:
         return f"{self.key}: {self.then} -> {self.now}"
@@ -29,6 +31,11 @@ class Change:
         """Whether the option is one of ``keys``, or within one."""
         parts = self.key.split(".")
         return any(".".join(parts[:length]) in keys for length in range(1, len(parts) + 1))
+
+    def is_within(self, components: Collection[str]) -> bool:
+        """Whether it is an option of one of these components, and not of something in it."""
+        component, _, option = self.key.partition(".")
+        return component in components and bool(option) and "." not in option
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +54,7 @@ def _compare(path: tuple[str, ...], then: Any, now: Any) -> Iterator[Change]:
         for key in dict.fromkeys((*then, *now)):
             yield from _compare((*path, key), then.get(key, _ABSENT), now.get(key, _ABSENT))
     elif then != now:
-        yield Change(".".join(path), _shown(then), _shown(now))
+        yield Change(".".join(path), _shown(then), _shown(now), is_missing=_ABSENT in (then, now))
 
 
 def _shown(value: Any) -> str:

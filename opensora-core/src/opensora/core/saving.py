@@ -63,13 +63,16 @@ class Saver:
         except BaseException as error:  # raised again by `check` and `finish`
             self._outcome = error
 
-    def check(self) -> None:
-        """See, without waiting, whether writing has failed in this process.
+    def check(self, *, wait: bool = False) -> None:
+        """See whether writing has failed in this process; ``wait`` until that is known.
 
         Raises:
             CheckpointError: It has.
         """
+        if wait:
+            self._join()
         if not self.is_writing and isinstance(self._outcome, UserError):
+            self.step = None
             raise self._outcome
 
     def finish(self) -> Path:

@@ -107,9 +107,7 @@ def save_shards(
     rest = map_tensors(optimizer, lambda path, tensor: _take(flat, path, tensor), (_OPTIMIZER,))
     temporary = peers.main(lambda: _make(temporary_name(final)))
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about its own use of DTensors
-            peers.each(lambda: _ignore(save(flat, storage_writer=_writer(temporary), process_group=group)))
+        peers.each(lambda: _ignore(save(flat, storage_writer=_writer(temporary), process_group=group)))
         peers.main(lambda: _write_rest(temporary, rest, state))
         own = [*temporary.glob(f"__{peers.rank}_*.distcp")]
         own += [temporary / name for name in (METADATA, "optimizer.pt", "state.json")] if peers.rank == 0 else []

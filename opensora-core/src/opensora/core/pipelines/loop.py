@@ -292,6 +292,7 @@ def read_together(run: LoopRun, batches: Iterator[Batch]) -> list[Batch]:
     if error:
         raise error
     if worst == 2:
+        run.saver.check(wait=True)  # what has failed in one process when saving together fails in all
         raise PeerError("Stopped: another process could not go on; its message says why.")
     if worst == 1:
         path = run.ensure_saved()

@@ -29,7 +29,8 @@ class LoopSpec(RunSpec):
     )
     """What decides what is trained, and on what in which order: a run that goes on may not change these unasked."""
     free_keys: ClassVar[frozenset[str]] = frozenset(
-        {"model.from_pretrained", "model.adapter", "model.partial", "model.grow", "text_encoder.device", "text_encoder.dtype"}
+        {"model.from_pretrained", "model.adapter", "model.partial", "model.grow"}
+        | {"text_encoder.device", "text_encoder.dtype", "text_encoder.shard"}
     )
     """Those among them that make no difference once a checkpoint is there."""
 
