@@ -207,3 +207,43 @@ def test_captions_can_be_left_out_where_no_one_needs_them(folder):
 def test_a_table_must_be_given():
     with pytest.raises(DataError, match=r"dataset\.data_path is not set\. Give --data-path table\.csv"):
         VideoTextDataset(VideoTextSpec())
+
+
+def look(path: Path):
+    """What features know of a file."""
+    from opensora.core.protocols import SourceFacts
+    from opensora.core.video import VideoFile, is_video
+
+    if not is_video(path):
+        return SourceFacts(digest="")
+    with VideoFile(path) as file:
+        return SourceFacts(digest="", num_frames=file.info.num_frames, fps=file.info.fps)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_starts": 3}, {"frame_interval": 3}])
+def test_a_recipe_says_what_the_clip_will_be(folder, options):
+    data = dataset(folder, **options)
+    for row, epoch in [(0, 0), (0, 1), (2, 0)]:
+        clip, recipe = data[key(row, epoch=epoch)], data.recipe(key(row, epoch=epoch), look)
+        assert (recipe.text, recipe.fps, recipe.size, str(recipe.path)) == (clip.text, clip.fps, clip.size, clip.path)
+        if row == 0:
+            assert list(recipe.frames) == indices_in(clip.video)
+    assert data.recipe(key(2), look).frames == (0,)
+
+
+def test_a_recipe_of_what_is_no_clip(folder):
+    (folder / "bad.csv").write_text("path,text\nclips.csv,a table\nshort.mp4,a drop\nmissing.mp4,nothing\n")
+    data = dataset(folder, "bad.csv", num_frames=6)
+    for row, message in enumerate(["neither a video nor an image", "has 5 frames", "missing"]):
+        with pytest.raises(DataError, match=message):
+            data.recipe(key(row), look)
+
+
+def test_starts_are_shown_in_turns(folder):
+    data = dataset(folder, num_starts=3)
+    starts = [indices_in(data[key(0, epoch=epoch)].video)[0] for epoch in range(6)]
+    assert sorted(starts[:3]) == [0, 17, 35]  # of 36 that fit, of which the field's loaders use the first 35
+    assert starts[3:] == starts[:3]
+    assert {indices_in(dataset(folder, num_starts=1)[key(0, epoch=epoch)].video)[0] for epoch in range(3)} == {0}
+    orders = {tuple(indices_in(data[key(0, seed=seed, epoch=epoch)].video)[0] for epoch in range(3)) for seed in range(9)}
+    assert len(orders) == 3

@@ -148,3 +148,28 @@ def test_prompts_on_disk_go_before_those_that_ship(tmp_path, monkeypatch) -> Non
     (tmp_path / "assets/texts/t2v_samples.txt").write_text("a wave")
     kept = modernize(Config({"prompt_path": "./assets/texts/t2v_samples.txt"}))
     assert kept.values["prompt_path"] == "./assets/texts/t2v_samples.txt"
+
+
+@pytest.mark.parametrize("kind", ["BatchFeatureDataset", "FeatureDataset"])
+def test_sizes_of_features_move_into_their_dataset(kind: str) -> None:
+    old = {"vae_out_channels": 8, "text_encoder_output_dim": 1152, "model_max_length": 200}
+    values = modernize(Config({"dataset": {"type": kind, "text_length": 100}, "load_video_features": True, **old})).values
+    assert values == {"dataset": {"type": kind, "latent_channels": 8, "text_width": 1152, "text_length": 100}}
+
+
+@pytest.mark.parametrize("key", ["load_video_features", "load_text_features"])
+def test_features_of_a_dataset_that_has_none_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: features are kept by features = dict\(folder=...\)"):
+        modernize(Config({"dataset": {"type": "VariableVideoTextDataset"}, key: True}))
+    assert modernize(Config({"dataset": {"type": "VariableVideoTextDataset"}, key: False})).values == {
+        "dataset": {"type": "VariableVideoTextDataset"}
+    }
+
+
+def test_an_extraction_is_a_pipeline() -> None:
+    old = {"save_dir": "kept", "save_text_features": False, "bin_size": 250, "start_index": 3, "log_time": False}
+    assert modernize(Config({"dataset": {"type": "x"}, **old})).values == {
+        "dataset": {"type": "x"},
+        "pipeline": "extract",
+        "features": {"folder": "kept", "text": False},
+    }
