@@ -48,7 +48,7 @@ class SearchBatchSizeSpec(TrainSpec):
     """{resolution: {frames: (guess, variance)}}: from guess - variance to guess + variance is searched; a variance of 0 keeps
     the guess."""
     base: tuple[str, int | str] | None = None
-    """(resolution, frames) whose largest batch's step time all buckets are to keep to. None, and no base_step_time: no limit."""
+    """(resolution, frames) whose largest batch's step time all buckets keep to. None, and no base_step_time: no limit."""
     base_step_time: float | None = field(default=None, validator=optional(gt(0)))
     """The step time to keep to, in seconds, instead of one measured for base."""
     resolution: str | None = None

@@ -23,6 +23,7 @@ __all__ = ["Moment", "Rehearsal", "is_rehearsed", "num_observers", "on_host"]
 _aten = torch.ops.aten
 _prim_device = torch.ops.prim.device.default
 _CPU = torch.device("cpu")
+_HOST = "host"
 _running: list[Rehearsal] = []
 
 
@@ -42,7 +43,7 @@ def on_host() -> Iterator[None]:
     if not _running:
         yield
         return
-    with _running[-1].counting_as("host"):
+    with _running[-1].counting_as(_HOST):
         yield
 
 
@@ -51,7 +52,7 @@ class Moment:
     """When a phase of the step needs most memory."""
 
     bytes: int
-    """Over all categories, but "host"."""
+    """Over all categories, but "host": the CPU's memory."""
     held: Mapping[str, int]
     """Bytes by category."""
 
@@ -65,7 +66,7 @@ class Rehearsal(TorchDispatchMode):
     def __init__(self, shares: Mapping[str, float] | None = None) -> None:
         """``shares``: of what category this process holds which part, where it is not all; see `Accelerator.shares`."""
         super().__init__()
-        self.shares = {"host": 0.0, **(shares or {})}
+        self.shares = dict(shares or {})
         self.held: Counter[str] = Counter()
         self.peaks: dict[str, Moment] = {}
         self.flops: Counter[str] = Counter()
@@ -98,18 +99,21 @@ class Rehearsal(TorchDispatchMode):
             category: What they count as.
             dtype: Of those that are floating-point numbers; None leaves theirs.
         """
-        made: dict[int, Tensor] = {}
+        made: dict[int, Tensor] = {}  # what is shared stays shared
 
         def convert(tensor: Tensor) -> Tensor:
-            key = id(tensor)
-            if key not in made:
+            if id(tensor) not in made:
                 kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                made[key] = torch.empty(tensor.shape, dtype=kind, device="cpu")
-            return made[key]
+                empty = torch.empty(tensor.shape, dtype=kind, device="cpu")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            return made[id(tensor)]
 
         kept = [*module.parameters(), *module.buffers()]  # so that their ids stay their own
+        tables: list[Any] = [table for each in module.modules() for table in (each._parameters, each._buffers)]
         with self.counting_as(category):
-            module._apply(convert)  # type: ignore[no-untyped-call]  # of torch
+            for table in tables:
+                table.update({name: convert(tensor) for name, tensor in table.items() if tensor is not None})
         del kept
 
     @contextmanager
@@ -141,8 +145,8 @@ class Rehearsal(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
-        """Of this moment."""
-        return sum(self.held.values())
+        """Of this moment, on the device."""
+        return sum(self.held.values()) - self.held[_HOST]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation without memory, and count it."""
@@ -173,7 +177,8 @@ class Rehearsal(TorchDispatchMode):
             self.peaks[self._phase] = self._moment()
 
     def _moment(self) -> Moment:
-        return Moment(bytes=self.live_bytes, held={name: amount for name, amount in self.held.items() if amount})
+        held = {name: amount for name, amount in self.held.items() if amount and name != _HOST}
+        return Moment(bytes=sum(held.values()), held=held)
 
     def _share(self, category: str, size: int) -> int:
         return round(size * self.shares.get(category, 1.0))

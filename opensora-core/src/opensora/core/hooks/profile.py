@@ -28,10 +28,10 @@ ROWS = 40
 
 @frozen(kw_only=True)
 class ProfileSpec:
-    """Write ``profile/trace.json`` (for chrome://tracing or ui.perfetto.dev) and ``profile/table.txt`` into the run folder."""
+    """Write ``profile/trace.json`` (for chrome://tracing or ui.perfetto.dev) and ``profile/table.txt`` to the run folder."""
 
     first_step: int = field(default=4, validator=gt(0))
-    """The step of this run, counted from 1, with which the trace begins; those before warm up. In sampling, denoising steps."""
+    """With which step of this run, counted from 1, the trace begins; those before warm up. In sampling: denoising steps."""
     steps: int = field(default=3, validator=gt(0))
     """How many are traced. Each makes some MB."""
     memory: bool = True
@@ -59,7 +59,7 @@ class Profile:
         self._advance(run, 0)
 
     @hook(trylast=True)
-    def step_end(self, run: LoopRun, update: Update) -> None:  # noqa: ARG002  # the name tells pluggy
+    def step_end(self, run: LoopRun, update: Update) -> None:  # the name tells pluggy
         """Count."""
         self._advance(run, 1)
 
@@ -74,7 +74,7 @@ class Profile:
         self._advance(run, 0)
 
     @hook(trylast=True)
-    def sample_step(self, run: SampleRun, state: SampleState) -> None:  # noqa: ARG002  # the name tells pluggy
+    def sample_step(self, run: SampleRun, state: SampleState) -> None:  # the name tells pluggy
         """Count."""
         self._advance(run, 1)
 

@@ -188,6 +188,8 @@ class _Step:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.average = self._begin_average()
+        later = [parameter for blocks in iter_lists(denoiser) for parameter in blocks[1:].parameters()]
+        self.later = {id(parameter) for parameter in later if parameter.requires_grad}
         for each in self.parameters:
             each.register_post_accumulate_grad_hook(self._note_gradient)
 
@@ -206,7 +208,7 @@ class _Step:
         host = rehearsal.held["host"]
         del latents, conditioning, losses
         rehearsal.begin("backward")
-        self.missing = len(self.parameters)
+        self.missing = len(self.later)
         self.accelerator.backward(loss)
         del loss
         gradients = rehearsal.held["gradients"]
@@ -230,9 +232,10 @@ class _Step:
 
     def _note_gradient(self, parameter: nn.Parameter) -> None:
         self.rehearsal.count_as("gradients", parameter.grad)
-        self.missing -= 1
-        if self.missing == len(self.parameters) // 2:
-            self.rehearsal.begin(_BACKWARD[1])
+        if id(parameter) in self.later:
+            self.missing -= 1
+            if not self.missing:  # what is left are the first blocks, and what is before them
+                self.rehearsal.begin(_BACKWARD[1])
 
     def _begin_average(self) -> EMA | None:
         if not self.spec.ema_decay:
@@ -317,7 +320,9 @@ def _short_depths(network: nn.Module, which: bool | int | str) -> list[int]:
     (depth,) = depths
     if len(lists) > 1 and period > 1:  # the n-th are counted through all lists
         return []
-    short = 2 * period + depth % period  # with fewer, backward has no middle to divide it at
+    short = (
+        2 * period + depth % period
+    )  # with fewer, the first blocks are the last ones, where backward's other peak is
     return [short, short + period] if depth > short + period else []
 
 

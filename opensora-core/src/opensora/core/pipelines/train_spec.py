@@ -202,6 +202,14 @@ class TrainSpec(LoopSpec, CompositionSpec):
     preview_prompts: list[str] = field(factory=list)
     """What the previews show; empty: the first captions of the data."""
 
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        if self.compile and self.grad_checkpoint == "selective":
+            raise ConfigError(
+                'torch.compile chooses by itself what is kept, so that compile excludes grad_checkpoint = "selective". '
+                "Use grad_checkpoint = True or a number with it."
+            )
+
     def default_hooks(self) -> list[ComponentConfig]:
         """See `LoopSpec.default_hooks`."""
         hooks = super().default_hooks()
