@@ -13,6 +13,8 @@ from opensora.core.accelerator import Accelerator
 
 NAMES = {
     "ddp": ["DDP", "DDPSpec"],
+    "fsdp": ["FSDP", "FSDPSpec"],
+    "colossalai": ["Zero2", "Zero2Seq", "Zero2SeqSpec", "Zero2Spec"],
     "pyramid_broadcast": ["PyramidBroadcast", "PyramidBroadcastSpec"],
     "step_cache": ["StepCache", "StepCacheSpec"],
 }
