@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from opensora.core import ConfigError
+from opensora.core.orders import BatchOrder, Place, Slicing
 from opensora.core.sizes import RESOLUTIONS
-from opensora.data.buckets import Buckets, EpochBatches
+from opensora.data.buckets import Bucket, Buckets, EpochBatches
 
 GOLDENS = Path(__file__).with_name("goldens")
 VECTORS = json.loads(gzip.decompress((GOLDENS / "buckets.json.gz").read_bytes()))
@@ -122,3 +124,88 @@ def test_buckets_in_use_are_those_that_clips_can_reach():
 def test_a_wrong_config_names_the_place(config, message):
     with pytest.raises(ConfigError, match=message):
         Buckets.from_config(config)
+
+
+SAMPLERS = json.loads(gzip.decompress((GOLDENS / "samplers.json.gz").read_bytes()))
+
+
+def published_items(case: dict) -> dict[int, tuple[int, ...]]:
+    """{row: (T, H, W)} of all batches of a case."""
+    items = [tuple(map(int, item.split("-"))) for rank in case["batches"] for batch in rank for item in batch]
+    return {row: size for row, *size in items}
+
+
+@pytest.mark.parametrize(
+    "case", SAMPLERS["variable"], ids=lambda case: f"{case['world']}-{case['drop_last']}-{case['epoch']}"
+)
+def test_batches_have_the_published_samplers_shapes_and_each_row_once(case):
+    """Permutations are our own; what is in a batch together, and at which size, is not."""
+    buckets = Buckets.from_config(SAMPLERS["bucket_config"])
+    published = published_items(case)
+    batches = epoch_batches(buckets, SAMPLERS["rows"], seed=case["seed"], epoch=case["epoch"])
+    sizes = {key.index: list(key.size) for batch in batches for key in batch}
+    assert {row: sizes[row] for row in published} == published
+    assert sum(map(len, batches)) == len(sizes)
+    if not case["drop_last"]:
+        lost = (
+            sizes.keys() - published.keys()
+        )  # by the published one, which pads a bucket with no more than its own rows
+        small = [batch for batch in batches if 2 * len(batch) < bucket_of(buckets, batch).batch_size]
+        assert lost <= {key.index for batch in small for key in batch}
+    full = sum(len(batch) == bucket_of(buckets, batch).batch_size for batch in batches)
+    assert full == SAMPLERS["approximate_num_batch"]
+
+
+def bucket_of(buckets: Buckets, batch: list) -> Bucket:
+    (found,) = {bucket for bucket in buckets.buckets if bucket.size == batch[0].size}
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_going_on_gives_the_batches_that_the_unbroken_run_had(world_size):
+    """As the published sampler's state, a number of batches that all replicas have seen."""
+
+    class Rows:
+        def __len__(self) -> int:
+            return len(SAMPLERS["rows"])
+
+        def batches(self, seed: int, epoch: int) -> EpochBatches:
+            buckets = Buckets.from_config(SAMPLERS["bucket_config"])
+            return epoch_batches(buckets, SAMPLERS["rows"], seed=seed, epoch=epoch)
+
+    state, steps = SAMPLERS["resume"]["state"], SAMPLERS["resume"]["after_steps"]
+    for rank in range(world_size):
+        slicing, place = Slicing(batch_size=1, world_size=world_size, rank=rank), Place(epoch=state["epoch"])
+        unbroken = list(islice(BatchOrder(Rows(), state["seed"]).iter_micro_batches(slicing, place), steps + 3))
+        for _ in range(steps):
+            place = BatchOrder(Rows(), state["seed"]).after_step(slicing, place)
+        assert place.batch == steps * world_size
+        gone_on = BatchOrder(Rows(), state["seed"]).iter_micro_batches(slicing, place)
+        assert list(islice(gone_on, 3)) == unbroken[steps:]
+
+
+FAILURES = json.loads((GOLDENS / "bucket_failures.json").read_text(encoding="utf-8"))
+BETTER = {
+    "unknown_resolution": ({"999p": {1: (1.0, 1)}}, "no resolution"),
+    "empty": ({}, "bucket_config is empty"),
+    "tuple_prob_for_images": ({"144p": {1: ((1.0, 0.5), 1)}}, None),
+    "list_prob": ({"144p": {16: ([1.0, 0.5], 1)}}, None),
+    "no_seed": ({"144p": {16: (0.5, 1)}}, None),  # a seed is no option here
+}
+
+
+def test_what_the_published_sampler_fails_at_works_or_says_why():
+    assert FAILURES.keys() == BETTER.keys()
+    for config, message in BETTER.values():
+        if message:
+            with pytest.raises(ConfigError, match=message):
+                Buckets.from_config(config)
+        else:
+            assert Buckets.from_config(config).buckets
+
+
+def test_chunks_change_nothing(monkeypatch):
+    buckets, rows = Buckets.from_config(SMALL), table(300)
+    whole = assigned(buckets, rows)
+    monkeypatch.setattr("opensora.data.buckets._CHUNK", 7)
+    assert assigned(buckets, rows) == whole

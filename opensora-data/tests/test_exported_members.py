@@ -8,14 +8,24 @@ import pytest
 import opensora.data
 
 MODULES = [
+    "balancing",
+    "bucket_advice",
+    "bucket_odds",
+    "buckets",
+    "commands.data",
+    "commands.plan",
     "digits.clips",
     "digits.grade",
     "digits.grader",
     "digits.make",
     "labelled_images",
+    "planning",
+    "shards",
     "tables",
     "temporal",
+    "variable_video_text",
     "video_text",
+    "web_dataset",
 ]
 
 

@@ -193,7 +193,8 @@ class _SafetensorsBatch(_Batch):
         return list(self.file.get_slice(name).get_shape())
 
     def row(self, name: str, index: int) -> Tensor:
-        return self.file.get_slice(name)[index : index + 1][0]
+        row: Tensor = self.file.get_slice(name)[index : index + 1][0]
+        return row
 
 
 @frozen(eq=False)
