@@ -21,7 +21,7 @@ __all__ = ["SequencePlan"]
 class SequencePlan:
     """See the module's docstring. Modules are named as in ``named_modules()``, ``*`` standing for anything.
 
-    A block and an attention module take the tokens as their first argument, and return tokens alone.
+    A block and an attention module take the tokens as their first argument, by position, and return tokens alone.
     """
 
     blocks: tuple[str, ...] = ("blocks",)
