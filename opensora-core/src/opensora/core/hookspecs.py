@@ -4,7 +4,8 @@ A hook is a component of group ``opensora.hooks``: a class with a ``Spec`` whose
 file. A method takes only those arguments that it needs. The built-in behaviour (progress, logging, EMA, checkpoints,
 previews) is written over the same hooks.
 
-Hooks run in all processes; ask ``run.accelerator.is_main`` before writing a file.
+Hooks run in all processes; ask ``run.accelerator.is_main`` before writing a file, or ``run.accelerator.writes_samples``
+before writing one of this process's samples, which others may have too.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ class HookSpecs:
         """
 
     @hookspec
-    @hookspec
     def validated(self, run: LoopRun, record: Mapping[str, Any]) -> None:
         """The loss was measured on fixed clips: step, loss, training_loss (mean since the last time), clips, and loss
         by_timestep, by_bucket and by_bucket_and_timestep. In all processes.
         """
 
+    @hookspec
     def save_tensors(self, run: LoopRun) -> Mapping[str, Mapping[str, Tensor]] | None:
         """A checkpoint is being written: return further tensor files for it, {file stem: {key: tensor}}."""
 
@@ -114,7 +115,7 @@ class HookSpecs:
 
     @hookspec
     def sample_saved(self, run: SampleRun, sample: SavedSample) -> None:
-        """A video or image is whole on disk. In the process that made it."""
+        """A video or image is whole on disk. In the process that wrote it."""
 
     @hookspec
     def sample_end(self, run: SampleRun) -> None:
