@@ -2,10 +2,10 @@
 
     python benchmarks/lora.py RUN_FOLDER [STEPS]
 
-RUN_FOLDER is that of `opensora-run quickstart`. Adapters beside the attention to text and the embedding of text are trained for
-STEPS (300) steps on clips of sevens whose captions say "sieben", a word that the model never met, and on as many clips of all
-other digits with their usual captions. Samples with the new and with the usual captions are graded before and after. Needs
-about 2 minutes on one core.
+RUN_FOLDER is that of `opensora-run quickstart`. Adapters beside the attention to text and the embedding of text are trained
+for STEPS (300) steps on clips of sevens whose captions say "sieben", a word that the model never met, and on as many clips of
+all other digits with their usual captions. Samples of the new captions, and of the usual ones, are graded before and after.
+Needs about a minute on one core.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Watched(Train):
     """Remembers the weights that training begins with."""
 
     def build_run(self, *arguments: Any, **keywords: Any) -> Any:
+        """As that of the base, of which this keeps what it makes."""
         self.training = super().build_run(*arguments, **keywords)
         self.before = {name: weight.detach().clone() for name, weight in frozen(self.training.denoiser).items()}
         return self.training

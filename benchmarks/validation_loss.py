@@ -2,10 +2,10 @@
 
     python benchmarks/validation_loss.py RUN_FOLDER [STEPS [CLIPS]]
 
-RUN_FOLDER is that of `opensora-run quickstart`. Its model is trained on for STEPS (200) steps at a constant learning rate: the
-highest of the quickstart, which moves the weights the most, and a tenth of that. After every step the loss is measured on CLIPS
-(40) of those held out of the data, at 10 timesteps. The figure is the standard deviation of the differences between neighbouring
-steps, both losses' over the same steps. Needs about 5 minutes on one core.
+RUN_FOLDER is that of `opensora-run quickstart`. Its model is trained on for STEPS (200) steps at a constant learning rate:
+the highest of the quickstart, which moves the weights the most, and a tenth of that. After every step the loss is measured on
+CLIPS (40) of those held out of the data, at 10 timesteps. The figure is the standard deviation of the differences between
+neighbouring steps, over the same steps for both losses. Needs about 5 minutes on one core.
 """
 
 from __future__ import annotations

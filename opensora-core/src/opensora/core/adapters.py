@@ -59,6 +59,11 @@ class Record:
     grow: bool = False
     """As ``model.grow`` was for the base."""
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the base was a file or folder that is no longer there."""
+        return Path(self.base).is_absolute() and not Path(self.base).exists()
+
 
 # ---- while training
 

@@ -95,6 +95,11 @@ def load_weights(
     """
     path = locate_weights(source, published=interop_of(type(module)).published)
     if (record := find_record(path)) is not None:
+        if record.is_gone:
+            raise WeightsError(
+                f"{source} holds adapters, and the weights that they belong to are not at {record.base} any more: give both, "
+                f'model = dict(from_pretrained=..., adapter="{source}").'
+            )
         report = load_weights(module, record.base, partial=record.partial, grow=record.grow, assign=assign)
         load_adapter(module, path)
         return report

@@ -86,6 +86,7 @@ def modernize(config: Config) -> Config:
         _rename_masks,
         _replace_features,
         _replace_extraction,
+        _name_evaluation,
         _find_prompts,
     )
     notes = [note for rule in rules for note in rule(values)]
@@ -175,6 +176,13 @@ def _replace_extraction(values: dict[str, Any]) -> list[str]:
     values.setdefault("pipeline", "extract")
     notes = [f'save_dir, save_text_features turned into features=dict(folder="{folder}", ...)']
     return notes + ([f"{', '.join(dropped)} left out (each clip has files of its own)"] if dropped else [])
+
+
+def _name_evaluation(values: dict[str, Any]) -> list[str]:
+    """Open-Sora's configs don't say which script is to read them; this key does."""
+    if "num_eval_timesteps" in values:
+        values.setdefault("pipeline", "eval-loss")
+    return []
 
 
 def _find_prompts(values: dict[str, Any]) -> list[str]:

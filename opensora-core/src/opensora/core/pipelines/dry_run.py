@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "declared_size",
     "describe_extraction",
+    "describe_losses",
     "describe_memory",
     "describe_sampling",
     "describe_training",
@@ -101,6 +102,38 @@ def describe_extraction(spec: ExtractSpec) -> str:
     if size := declared_size(spec.dataset):
         lines.append(f"latents      {' x '.join(map(str, (vae.latent_channels, *vae.latent_size(size))))} of each clip")
     return "\n".join(lines)
+
+
+def describe_losses(spec: TrainSpec, num_timesteps: int) -> str:
+    """What would be measured at so many timesteps, and what a call of the denoiser costs."""
+    from opensora.core.pipelines.train import build_dataset
+
+    try:
+        data_line = f"{len(build_dataset(spec)):,} samples"
+    except DataError as error:
+        data_line = f"not readable yet: {error}"
+    lines = [f"data         {spec.dataset.type}: {data_line}"]
+    batches = _bucket_sizes(spec)
+    largest = max(batches, key=lambda one: math.prod(one[0]) * one[1]) if batches else None
+    size = largest[0] if largest else declared_size(spec.dataset)
+    if size is None:
+        return "\n".join([*lines, "The size of the clips is not known, so nothing more can be said."])
+    parts = build_parts(spec, size_of=lambda: None if batches else size, meta=True)
+    parts.denoiser.eval()
+    batch_size = largest[1] if largest else spec.batch_size
+    flops, _ = _measure(parts, batch_size, size, train=False)
+    each = 2 if spec.dtype in ("bf16", "fp16") else 4
+    weights = each * sum(parameter.numel() for parameter in parts.denoiser.parameters())
+    return "\n".join(
+        [
+            *lines,
+            *_describe_buckets(parts, batches),
+            *_describe_parts(spec, parts, size),
+            f"timesteps    {num_timesteps}, each a call of the denoiser for each batch",
+            f"memory       weights {weights / _GIB:.2f} GiB, without VAE, text encoder and activations",
+            f"compute      {flops / 1e12:.3f} TFLOP a call for the largest batch",
+        ]
+    )
 
 
 def describe_memory(parameters: int, trained: int, *, averaged: int, activations: int, without: str) -> str:

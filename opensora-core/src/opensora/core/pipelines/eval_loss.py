@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import attrs
 import torch
 from attrs import field, frozen
 from attrs.validators import gt, optional
@@ -33,7 +34,7 @@ from opensora.core.composing import (
 )
 from opensora.core.conditioning import Conditioning
 from opensora.core.config.write import write_config
-from opensora.core.errors import ConfigError
+from opensora.core.errors import ConfigError, DataError
 from opensora.core.frame_masks import check_mask_ratios, draw_frame_mask
 from opensora.core.loading import Batch
 from opensora.core.pipelines.train import build_dataset, clip_size, makes_batches
@@ -77,6 +78,7 @@ class EvalLoss:
         Raises:
             ComponentError, ConfigError: A component is missing or an option is wrong.
         """
+        spec = attrs.evolve(spec, bucket_config=_all_of_each(spec.bucket_config))
         check_components(spec, config.locations)
         if spec.mask_ratios:
             check_mask_ratios(spec.mask_ratios)
@@ -135,9 +137,9 @@ class EvalLoss:
 
     def dry_run(self) -> str:
         """What would be measured. Loads and writes nothing."""
-        from opensora.core.pipelines.dry_run import describe_training
+        from opensora.core.pipelines.dry_run import describe_losses
 
-        return describe_training(self.spec)
+        return describe_losses(self.spec, self.spec.num_eval_timesteps)
 
 
 def _choose_folder(spec: EvalLossSpec) -> Path:
@@ -194,29 +196,38 @@ def iter_data(spec: EvalLossSpec) -> Iterator[tuple[Any, FixedClips, Size]]:
     Raises:
         ConfigError: No bucket is left.
     """
-    dataset = build_dataset(spec)
-    if not makes_batches(dataset) or not spec.bucket_config:
+    if not spec.bucket_config:
+        dataset = build_dataset(spec)
         count = spec.num_clips or len(dataset)
         clips = choose_clips(dataset, num_clips=count, batch_size=spec.batch_size, seed=spec.seed)
         yield dataset, clips, clip_size(dataset, spec.seed)
         return
     is_empty = True
     for resolution in list(spec.bucket_config)[spec.start_index : spec.end_index]:
-        for frames, (_, batch_size) in spec.bucket_config[resolution].items():
-            if batch_size is None:
-                continue  # a bucket that only keeps larger clips out of smaller ones
-            only = {resolution: {frames: (1.0, batch_size)}}
-            dataset = build("datasets", spec.dataset, bucket_config=only)
-            batches = [list(batch) for batch in dataset.batches(spec.seed, 0)]
-            batches = _cut(batches, spec.num_clips)
-            if not batches:
-                log.warning("No clip is of bucket %s, %s frames", resolution, frames)
+        for frames, entry in spec.bucket_config[resolution].items():
+            dataset = build("datasets", spec.dataset, bucket_config={resolution: {frames: entry}})
+            if not makes_batches(dataset):
+                raise ConfigError(f"bucket_config: clips of {spec.dataset.type} have one size. Leave it out.")
+            try:
+                batches = _cut([list(batch) for batch in dataset.batches(spec.seed, 0)], spec.num_clips)
+            except DataError as error:  # no row is large and long enough
+                log.warning("Bucket %s, %s frames: %s", resolution, frames, error)
                 continue
             is_empty = False
             names = [f"{resolution}-{frames}"] * len(batches)
             yield dataset, FixedClips(batches=batches, buckets=names, seed=spec.seed), batches[0][0].size
     if is_empty:
         raise ConfigError("No row of the data falls into a bucket. Look at bucket_config, start_index and end_index.")
+
+
+def _all_of_each(buckets: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The buckets with probability 1; without those that have no batch size, as they hold no clips."""
+    if buckets is None:
+        return None
+    return {
+        resolution: {frames: (1.0, entry[1]) for frames, entry in lengths.items() if entry[1] is not None}
+        for resolution, lengths in buckets.items()
+    }
 
 
 def _cut(batches: list[list[Any]], num_clips: int | None) -> list[list[Any]]:
