@@ -42,6 +42,7 @@ RUN_PAGES = [
         for name in (
             *("step-caches", "models", "weights", "autoencoders", "text-encoders", "data", "features"),
             "open-sora-configs",
+            "planning",
         )
     ),
 ]

@@ -97,7 +97,7 @@ class SearchBatchSize:
         spec = self.spec
         time_limit = "no limit"
         if spec.base_step_time or spec.base:
-            time_limit = f"{spec.base_step_time} s" if spec.base_step_time else "that of {} x {}".format(*spec.base)
+            time_limit = f"{spec.base_step_time} s" if spec.base_step_time else f"that of base = {spec.base}"
         denoiser = build_parts(spec, size_of=lambda: None, meta=True).denoiser
         count = sum(each.numel() for each in denoiser.parameters())
         return "\n".join(

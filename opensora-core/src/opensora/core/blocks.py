@@ -98,9 +98,8 @@ def offloading(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _keep_expensive() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = create_selective_checkpoint_contexts(
-        _policy
-    )
+    create: Any = create_selective_checkpoint_contexts
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = create(_policy)
     return contexts
 
 

@@ -57,7 +57,7 @@ class Moment:
     """Bytes by category."""
 
 
-class Rehearsal(TorchDispatchMode):
+class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Counts live bytes of tensors by category, their peak in each phase, and floating-point operations.
 
     Inside it, tensors are fake: `fake` makes them, and factory functions too. Asked for a value, a tensor says 1.
@@ -65,7 +65,7 @@ class Rehearsal(TorchDispatchMode):
 
     def __init__(self, shares: Mapping[str, float] | None = None) -> None:
         """``shares``: of what category this process holds which part, where it is not all; see `Accelerator.shares`."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.shares = dict(shares or {})
         self.held: Counter[str] = Counter()
         self.peaks: dict[str, Moment] = {}
@@ -81,7 +81,7 @@ class Rehearsal(TorchDispatchMode):
     def __enter__(self) -> Self:
         """Begin."""
         self._stack.enter_context(self._fakes)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # of torch
         self.num_modes = torch._C._len_torch_dispatch_stack()
         _running.append(self)
         return self
@@ -89,7 +89,7 @@ class Rehearsal(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         """End."""
         _running.remove(self)
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
         self._stack.close()
 
     def fake(self, module: nn.Module, category: str, *, dtype: torch.dtype | None = None) -> None:
@@ -219,15 +219,16 @@ def _plausible(tensor: Tensor) -> bool | int | float:
 
 def _flop_formulas() -> dict[Any, Callable[..., int]]:
     """Torch's own counts, and those of the kernels for CPUs that it leaves out: what the same work costs elsewhere."""
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    from torch.utils import flop_counter
 
-    formulas: dict[Any, Callable[..., int]] = dict(FlopCounterMode(display=False).flop_registry)
+    count: Any = flop_counter.sdpa_flop_count
+    formulas: dict[Any, Callable[..., int]] = dict(flop_counter.FlopCounterMode(display=False).flop_registry)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-        return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+        return int(count(query.shape, key.shape, value.shape))
 
     def attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> int:
-        return 2 * int(sdpa_flop_count(query.shape, key.shape, value.shape))
+        return 2 * int(count(query.shape, key.shape, value.shape))
 
     def linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
         return 2 * x.numel() * weight.shape[0]

@@ -61,7 +61,7 @@ def describe_training(spec: TrainSpec, world_size: int = 1) -> str:
     ready = ready_encoders(spec, dataset or structure_spec("datasets", spec.dataset))
     if size is None and not ready:
         return "\n".join([*lines, "The size of the clips is not known, so nothing more can be said."])
-    parts = build_parts(spec, size_of=lambda: None if batches else size, meta=True, **ready)
+    parts = build_on_meta(spec, None if batches else size, **ready)
     if size is None:
         lines.append(f"model        {spec.model.type}: {_count(parts.denoiser)} parameters")
         return "\n".join([*lines, "The size of the latents is not known, so nothing more can be said."])
@@ -69,10 +69,10 @@ def describe_training(spec: TrainSpec, world_size: int = 1) -> str:
     if dataset:
         lines.append(_describe_steps(spec, dataset, world_size))
     if spec.compile:
-        lines.append("compile      not counted: compiled blocks save somewhat less for backward, and take as many operations")
+        lines.append("compile      not counted: compiled blocks save somewhat less, for as many operations")
     buckets = planned_buckets(spec, parts, size)
     if dataset is None and len(buckets) > 1:  # which of them will have clips is not known yet
-        lines.append(f"buckets      only the largest is rehearsed until the data can be read; all {len(buckets)}: opensora plan")
+        lines.append(f"buckets      the largest is rehearsed until the data can be read; all {len(buckets)}: opensora plan")
         buckets = [max(buckets, key=lambda one: math.prod(parts.vae.latent_size(one.size)) * one.batch_size)]
     with StepRehearsal(spec, parts, shares_of(spec, world_size)) as rehearsal:
         costs = {bucket: rehearsal.step(bucket.size, bucket.batch_size) for bucket in buckets}

@@ -87,17 +87,18 @@ class LoneStep:
 def made_up_batch(size: Size, batch_size: int, *, prompt: str) -> Batch:
     """Noise of (T, H, W), every clip with the same prompt."""
     frames, height, width = size
-    numbers = {
+    values = {
         "fps": 24.0,
         "height": float(height),
         "width": float(width),
         "num_frames": float(frames),
         "aspect_ratio": height / width,
     }
+    numbers: dict[str, Any] = {name: torch.full((batch_size,), value) for name, value in values.items()}
     return Batch(
         video=torch.rand(batch_size, 3, *size) * 2 - 1,
         texts=[prompt] * batch_size,
-        conditioning=Conditioning(**{name: torch.full((batch_size,), value) for name, value in numbers.items()}),
+        conditioning=Conditioning(**numbers),
         keys=[SampleKey(0, index) for index in range(batch_size)],
         paths=["made up"] * batch_size,
     )

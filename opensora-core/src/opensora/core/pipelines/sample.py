@@ -14,6 +14,7 @@ import attrs
 import torch
 
 from opensora.core.accelerator import Accelerator
+from opensora.core.blocks import compile_blocks
 from opensora.core.components import build, load
 from opensora.core.composing import (
     build_accelerator,
@@ -205,6 +206,8 @@ def build_sampler(
     parts = build_parts(spec, size_of=lambda: spec.size)
     if spec.model.options.get("from_pretrained") is None:
         log.warning("model.from_pretrained is not set: %s has random weights, and makes noise.", spec.model.type)
+    if spec.compile:
+        log.info("Compiling of %d blocks, when they are first used", compile_blocks(parts.denoiser))
     hooks.denoiser_built(denoiser=parts.denoiser, spec=spec)
     place(parts.text_encoder, accelerator, text_device, text_dtype)
     guided = parts.scheduler.guide(accelerator.predictor(parts.denoiser.requires_grad_(False).eval()))

@@ -119,6 +119,8 @@ class SampleSpec(CompositionSpec):
     """Put a mark on a copy of each file: True for opensora's, or the path of a png."""
     preview: int | None = field(default=None, validator=optional(gt(0)))
     """Write a cheap preview of each video every so many denoising steps."""
+    compile: bool = False
+    """Compile each block by torch.compile: slower to start, by seconds to minutes for new sizes, and faster after."""
     crf: int = field(default=18, validator=and_(ge(0), le(51)))
     """H.264's quality: 0 is lossless, 18 looks so, 28 is small, 51 the worst."""
     verbose: int = field(default=1, validator=ge(0))

@@ -13,7 +13,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from opensora.core.accelerator import DTYPES, Accelerator, Shares, SingleSpec, choose_device, choose_dtype
+from opensora.core.accelerator import DTYPES, Accelerator, SingleSpec, choose_device, choose_dtype
 from opensora.core.blocks import checkpoint_activations, iter_blocks, offloading
 from opensora.core.composing import Parts, build_parts
 from opensora.core.conditioning import Conditioning
@@ -24,6 +24,7 @@ from opensora.core.pipelines.encoder_cost import EncoderCosts, ValuelessDraws
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Size
 from opensora.core.rehearsal import Moment, Rehearsal
+from opensora.core.shares import Shares
 from opensora.core.trainable import adapt
 
 __all__ = ["StepCost", "StepRehearsal", "build_on_meta", "encoder_costs", "iter_lists", "target_dtype"]
@@ -63,16 +64,17 @@ class StepCost:
         return max(self.peaks, key=lambda name: self.peaks[name].bytes)
 
 
-def build_on_meta(spec: TrainSpec, size: Size | None) -> Parts:
+def build_on_meta(spec: TrainSpec, size: Size | None, **ready: Any) -> Parts:
     """All parts of a training config on the meta device, changed by the hooks that change the denoiser.
 
     Args:
         size: (T, H, W) that all clips have; None if they differ.
+        ready: Parts that exist already, as `build_parts` takes them.
 
     Raises:
         ComponentError, ConfigError: See `build_parts`.
     """
-    parts = build_parts(spec, size_of=lambda: size, meta=True)
+    parts = build_parts(spec, size_of=lambda: size, meta=True, **ready)
     adapt(parts.denoiser, build_hooks(spec.default_hooks(), spec.hooks, without=spec.without_hooks), spec)
     return parts
 
@@ -135,7 +137,7 @@ class StepRehearsal:
         cost = costs[0]
         if len(costs) > 1:
             short, longer = self._depths
-            cost = _extrapolate(*costs, (self._depth - short) / (longer - short))
+            cost = _extrapolate(costs[0], costs[1], (self._depth - short) / (longer - short))
         return self._with_encoders(cost)
 
     def _with_encoders(self, cost: StepCost) -> StepCost:
@@ -190,7 +192,8 @@ class _Step:
         self.average = self._begin_average()
         later = [parameter for blocks in iter_lists(denoiser) for parameter in blocks[1:].parameters()]
         self.later = {id(parameter) for parameter in later if parameter.requires_grad}
-        for each in self.parameters:
+        watched: list[Any] = list(self.parameters)
+        for each in watched:
             each.register_post_accumulate_grad_hook(self._note_gradient)
 
     def make(self, size: Size, batch_size: int) -> StepCost:
@@ -267,7 +270,8 @@ class _Step:
         encoder: Any = self.parts.text_encoder
         if encoder.width is None:
             return Conditioning(labels=torch.empty(batch_size, dtype=torch.int64))
-        has_weights = any(each.is_floating_point() for each in encoder.parameters())
+        weights = encoder.parameters() if isinstance(encoder, nn.Module) else ()
+        has_weights = any(each.is_floating_point() for each in weights)
         dtype = self.dtype if has_weights else torch.float32
         return Conditioning(
             text_embedding=torch.empty(batch_size, encoder.max_length, encoder.width, dtype=dtype),
@@ -357,7 +361,7 @@ def _extrapolate(short: StepCost, longer: StepCost, factor: float) -> StepCost:
 
     moments = {name: lines(one.held, longer.peaks[name].held) for name, one in short.peaks.items()}
     peaks = {name: Moment(bytes=sum(each.values()), held=each) for name, each in moments.items()}
-    numbers = {
+    numbers: dict[str, Any] = {
         name: line(getattr(short, name), getattr(longer, name)) for name in ("gradients", "saved", "host", "flops")
     }
     return attrs.evolve(short, held=lines(short.held, longer.held), peaks=peaks, **numbers)

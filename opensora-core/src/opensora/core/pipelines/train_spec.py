@@ -25,7 +25,18 @@ class LoopSpec(RunSpec):
     """What all training has: data, steps, an optimizer, checkpoints."""
 
     fixed_keys: ClassVar[frozenset[str]] = frozenset(
-        {"model", "vae", "text_encoder", "scheduler", "dataset", "seed", "trainable", "bucket_config", "mask_ratios"}
+        {
+            "model",
+            "vae",
+            "text_encoder",
+            "scheduler",
+            "dataset",
+            "seed",
+            "trainable",
+            "bucket_config",
+            "balance",
+            "mask_ratios",
+        }
     )
     """What decides what is trained, and on what in which order: a run that goes on may not change these unasked."""
     free_keys: ClassVar[frozenset[str]] = frozenset(
@@ -50,8 +61,8 @@ class LoopSpec(RunSpec):
     """Go on even where the config says otherwise than the checkpoint's about what is trained, or on what."""
 
     grad_checkpoint: bool | int | Literal["selective"] = field(default=False, validator=_checkpointing)
-    """Compute activations of blocks again in backward, to save memory. True: of all blocks, for about a third more time; 3: of
-    every third; "selective": all but the results of matrix products and attention, for less time and more memory."""
+    """Compute activations of blocks again in backward, to save memory. True: of all blocks, for about a third more time; 3:
+    of every third; "selective": all but the results of matrix products and attention, for less time and more memory."""
     num_workers: int = field(factory=lambda: min(4, os.cpu_count() or 1), validator=ge(0))
     """Processes that read clips ahead; 0 reads in the training process. At first 4, or as many as there are processors."""
 
@@ -181,7 +192,7 @@ class TrainSpec(LoopSpec, CompositionSpec):
     """tokens: with buckets, the micro-batches of a step have nearly as many latent tokens on all processes; rows that can't be
     matched wait for the next epoch. None: they differ, and processes wait for the slowest."""
     compile: bool = False
-    """Compile each block by torch.compile: slower to start, by seconds to minutes for each new size, faster after."""
+    """Compile each block by torch.compile: slower to start, by seconds to minutes for new sizes, and faster after."""
     offload: bool = False
     """Keep activations in the CPU's memory between forward and backward: GPU memory for time on the bus."""
     trainable: list[str] | None = field(default=None, validator=optional(min_len(1)))
