@@ -167,3 +167,20 @@ def test_more_processes_than_any_bucket_has_rows_are_an_error():
         DataError, match=r"No bucket has a row for each of 500 processes in epoch 0, of 30 rows\. Use fewer"
     ):
         order.of_epoch(0, 500)
+
+
+def test_balance_may_begin_within_an_epoch_with_each_row_once():
+    rows, slicing = Rows(600), Slicing(batch_size=1, world_size=1)
+    plain, place = BatchOrder(rows, 0), Place()
+    seen = [key.index for batch in islice(plain.iter_micro_batches(slicing, place), 9) for key in batch]
+    for _ in range(9):
+        place = plain.after_step(slicing, place)
+    order = BatchOrder(rows, 0, cost=prod)
+    going_on = order.iter_micro_batches(slicing, place)
+    while place.epoch == 0:
+        seen += [key.index for key in next(going_on)]
+        place = order.after_step(slicing, place)
+        assert 0 < order.epochs(place) <= 1
+    assert sorted(seen) == np.flatnonzero(rows.assigned(0, 0) >= 0).tolist()
+    halfway = order.after_step(slicing, order.after_step(slicing, place))
+    assert plain.after_step(slicing, halfway).epoch == 2  # and what ends within an epoch ends it

@@ -60,7 +60,8 @@ class Place:
     processes: int = 0
     """Of balanced batches: on how many processes those were counted; 0 for others."""
     begun: Begun = field(default=(), converter=_as_begun)
-    """Of balanced batches: parts of the epoch before, on how many processes each, and how many batches."""
+    """Of balanced batches: parts of the epoch before, on how many processes each, and how many batches; 0 processes stand for
+    batches that weren't balanced."""
 
 
 class Order(Protocol):
@@ -266,7 +267,8 @@ class BatchOrder:
         """See `Order`; batches that other numbers of processes took count as theirs."""
         seen = place.batch / max(1, len(self.of_epoch(place.epoch, place.processes or 1, place.begun)))
         for part, (processes, batches) in reversed(list(enumerate(place.begun))):
-            share = batches / len(self.of_epoch(place.epoch, processes, place.begun[:part]))
+            whole = self.of_epoch(place.epoch, processes, place.begun[:part]) if processes else self._plain(place.epoch)
+            share = batches / len(whole)
             seen = share + (1 - share) * seen
         return place.epoch + seen
 
@@ -293,7 +295,7 @@ class BatchOrder:
         )
 
     def _why_none(self, epoch: int, processes: int) -> str:
-        if self.cost is not None and len(self.dataset.batches(self.seed, epoch)):
+        if self.cost is not None and len(self._plain(epoch)):
             return (
                 f"No bucket has a row for each of {processes} processes in epoch {epoch}, of {self.num_samples} rows. "
                 "Use fewer processes or buckets, or leave out balance."
@@ -303,9 +305,19 @@ class BatchOrder:
             "than bucket_config asks for, or its probabilities leave them out. Add a smaller size or length."
         )
 
+    def _plain(self, epoch: int) -> Sequence[Sequence[SampleKey]]:
+        """An epoch's batches without balance."""
+        batches: Sequence[Sequence[SampleKey]] = self.dataset.batches(self.seed, epoch)
+        return batches
+
     def _on(self, place: Place, processes: int) -> Place:
-        """The place as that many processes count it: an epoch that others began goes on as a new part."""
-        if self.cost is None or place.processes == processes:
+        """The place as that many processes count it: an epoch that others began goes on as a new part.
+
+        Without balance now, but with it before, the next epoch begins: there is no telling what the rest of this one is.
+        """
+        if self.cost is None:
+            return Place(samples=place.samples, epoch=place.epoch + (place.batch > 0)) if place.processes else place
+        if place.processes == processes:
             return place
         begun = (*place.begun, (place.processes, place.batch)) if place.batch else place.begun
         return attrs.evolve(place, processes=processes, begun=begun, batch=0)

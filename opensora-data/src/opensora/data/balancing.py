@@ -88,11 +88,14 @@ def balanced_batches(
         epoch: Counts from 0.
         num_processes: Batches of a group.
         cost: Of one clip of that size, in any unit.
-        begun: The parts of the epoch that are over: on how many processes, and how many batches.
+        begun: The parts of the epoch that are over: on how many processes, and how many batches. 0 processes: as
+            `EpochBatches` has them, not balanced.
     """
     for part, (processes, batches) in enumerate(begun):
-        over = BalancedBatches(
-            *(assigned, buckets), seed=seed, epoch=epoch, num_processes=processes, cost=cost, part=part
+        over = (
+            BalancedBatches(*(assigned, buckets), seed=seed, epoch=epoch, num_processes=processes, cost=cost, part=part)
+            if processes
+            else EpochBatches(assigned, buckets, seed=seed, epoch=epoch)
         )
         assigned = assigned.copy()
         assigned[over.rows_before(batches)] = NO_BUCKET
