@@ -32,7 +32,7 @@ from opensora.core.config.evaluate import Config
 from opensora.core.config.structure import structure
 from opensora.core.video import write_video
 
-CLIPS, BATCH, FRAMES, SIDE = 24, 4, 8, 64
+CLIPS, BATCH, FRAMES, SIDE = 12, 2, 8, 64
 EPOCH = CLIPS // BATCH
 
 

@@ -257,7 +257,9 @@ def test_unreadable_rows_are_listed(run: Run, here: Path) -> None:
     listed = json.loads((here / "extracted/skipped.jsonl").read_text())
     assert listed["row"] == 2
     assert summary["latents"]["made"] == ROWS - 1  # type: ignore[index]
-    assert len(losses(run("training", "--max_unreadable", 0.5))) == 6
+    assert summary["clips"] == ROWS
+    training = run("training", "--max_unreadable", 0.5, "--features.fill", False, batch_size=1)
+    assert losses(training).count(0.0) == 1  # of the step that has nothing to learn from
 
 
 def test_a_run_that_is_resumed_is_the_unbroken_one(run: Run, here: Path) -> None:
@@ -359,8 +361,9 @@ def test_two_processes_train_from_one_folder(run: Run, here: Path, command: Comm
     options = {"adam_eps": 1e-6, "mask_ratios": {"image_head": 0.5}}
     plain = run("plain", features=None, batch_size=4, **options)
     write_config(here / "two.py", config(here, batch_size=2, num_workers=1, **options), "A test's config.")
-    for name, flags in {"filling": (), "reading": ("--features.fill", False)}.items():
-        done = command("opensora-run", here / "two.py", "--run-folder", here / name, "--nproc", 2, *flags)
-        assert done.returncode == 0, done.stderr
-        torch.testing.assert_close(losses(here / name), losses(plain), rtol=1e-5, atol=0)
-    assert found(here / "reading") == [1.0] * 6
+    done = command("opensora-run", here / "two.py", "--run-folder", here / "two", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(here / "two"), losses(plain), rtol=1e-5, atol=0)
+    assert (found(here / "two")[0], found(here / "two")[-1]) == (0, 1)
+    reading = run("reading", "--features.fill", False, batch_size=4, **options)
+    torch.testing.assert_close(losses(reading), losses(plain), rtol=1e-5, atol=0)

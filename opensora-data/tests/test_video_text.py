@@ -245,5 +245,7 @@ def test_starts_are_shown_in_turns(folder):
     assert sorted(starts[:3]) == [0, 17, 35]  # of 36 that fit, of which the field's loaders use the first 35
     assert starts[3:] == starts[:3]
     assert {indices_in(dataset(folder, num_starts=1)[key(0, epoch=epoch)].video)[0] for epoch in range(3)} == {0}
-    orders = {tuple(indices_in(data[key(0, seed=seed, epoch=epoch)].video)[0] for epoch in range(3)) for seed in range(9)}
+    orders = {
+        tuple(indices_in(data[key(0, seed=seed, epoch=epoch)].video)[0] for epoch in range(3)) for seed in range(9)
+    }
     assert len(orders) == 3

@@ -153,7 +153,9 @@ def test_prompts_on_disk_go_before_those_that_ship(tmp_path, monkeypatch) -> Non
 @pytest.mark.parametrize("kind", ["BatchFeatureDataset", "FeatureDataset"])
 def test_sizes_of_features_move_into_their_dataset(kind: str) -> None:
     old = {"vae_out_channels": 8, "text_encoder_output_dim": 1152, "model_max_length": 200}
-    values = modernize(Config({"dataset": {"type": kind, "text_length": 100}, "load_video_features": True, **old})).values
+    values = modernize(
+        Config({"dataset": {"type": kind, "text_length": 100}, "load_video_features": True, **old})
+    ).values
     assert values == {"dataset": {"type": kind, "latent_channels": 8, "text_width": 1152, "text_length": 100}}
 
 

@@ -253,11 +253,11 @@ def _local_files(options: Any) -> list[Path]:
     """The files that options name, and those in folders that they name."""
     found: list[Path] = []
     for text in _strings(options):
-        path = Path(text).expanduser()
-        if path.is_dir():
-            found += (each for each in path.rglob("*") if each.is_file())
-        elif path.is_file():
-            found.append(path)
+        path = os.path.expanduser(text)
+        if os.path.isdir(path):  # unlike Path's, it takes whatever text
+            found += (each for each in Path(path).rglob("*") if each.is_file())
+        elif os.path.isfile(path):
+            found.append(Path(path))
     return sorted(found)
 
 

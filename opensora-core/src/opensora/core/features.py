@@ -18,7 +18,7 @@ from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from opensora.core.accelerator import Accelerator
-from opensora.core.components import build
+from opensora.core.components import build, structure_spec
 from opensora.core.composing import choose_text_placement, on_meta, split_options
 from opensora.core.conditioning import Conditioning
 from opensora.core.config.structure import ComponentConfig
@@ -129,6 +129,7 @@ class EncoderSource:
             encoder = build(self.kind, self.config)
         return encoder.requires_grad_(False).eval() if isinstance(encoder, nn.Module) else encoder
 
+    @torch.inference_mode(False)  # previews are in it, and may be the first to ask
     def _place(self) -> Any:
         encoder, self._fresh = self._fresh, None
         if encoder is None:
@@ -381,6 +382,12 @@ def open_features(spec: TrainSpec, accelerator: Accelerator, *, fill: bool | Non
     elif not folder.is_dir():
         raise MachineError(
             f"features.folder {folder} is missing, and features.fill is False. Make it with pipeline extract."
+        )
+    starts = getattr(structure_spec("datasets", spec.dataset), "num_starts", 1)
+    if options.video and options.fill and starts is None and accelerator.is_main:
+        log.warning(
+            "Videos that are longer than their clips start elsewhere in each epoch, so that their latents are hardly met "
+            "again, and fill the folder. Set dataset.num_starts = 4, say."
         )
     records = IdentityRecords(folder / "encoders")
     text_device, text_dtype = choose_text_placement(spec.text_encoder, accelerator)

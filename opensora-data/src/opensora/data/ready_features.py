@@ -29,6 +29,7 @@ from opensora.data.buckets import Bucket, EpochBatches
 
 __all__ = ["FeatureDataset", "FeatureDatasetSpec"]
 
+_T5_XXL: int | None = 4096
 _SIZES = ("num_frames", "height", "width")
 _OPEN_SORA = {"x": "latents", "y": "text_embedding", "mask": "text_mask"}
 _CONVERT = (
@@ -47,7 +48,7 @@ class FeatureDatasetSpec:
     be given when it is run."""
     latent_channels: int = field(default=4, validator=gt(0))
     """Of the latents."""
-    text_width: int | None = field(default=4096, validator=optional(gt(0)))
+    text_width: int | None = field(default=_T5_XXL, validator=optional(gt(0)))
     """Of what the text encoder gave, also where the files hold what a denoiser's embedder made of it. None: class labels."""
     text_length: int = field(default=300, validator=gt(0))
     """Tokens of an embedding."""

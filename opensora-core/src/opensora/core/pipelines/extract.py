@@ -159,7 +159,8 @@ def extract(spec: ExtractSpec, folder: Path, accelerator: Accelerator, stop: Sto
     slicing = Slicing(batch_size=_ROWS_AT_ONCE, world_size=accelerator.data_world_size, rank=accelerator.data_rank)
     unreadable = UnreadableFiles(new_listing(folder, accelerator), len(dataset), spec.max_unreadable)
     looked_up = features.dataset(dataset, only_looks=True)
-    progress = _Told(order.count(), accelerator)
+    clips = order.count()
+    progress = _Told(clips, accelerator)
     for batch in iter_batches(looked_up, order, slicing, num_workers=spec.num_workers):
         unreadable.record(batch)
         make(features, batch)
@@ -168,7 +169,7 @@ def extract(spec: ExtractSpec, folder: Path, accelerator: Accelerator, stop: Sto
             break
     accelerator.wait()
     is_stopped = accelerator.highest(bool(stop)) > 0
-    summarize(features, unreadable, folder, accelerator, seconds=time.perf_counter() - begin)
+    summarize(features, unreadable, folder, accelerator, clips=clips, seconds=time.perf_counter() - begin)
     if is_stopped:
         raise Interrupted(
             f"Stopped; what was computed is kept. Go on with: opensora-run {folder}/config.py",
@@ -190,7 +191,13 @@ def make(features: Features, batch: Batch) -> None:
 
 
 def summarize(
-    features: Features, unreadable: UnreadableFiles, folder: Path, accelerator: Accelerator, *, seconds: float
+    features: Features,
+    unreadable: UnreadableFiles,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    clips: int,
+    seconds: float,
 ) -> None:
     """Write ``summary.json`` with the numbers of all processes, and log them."""
     counts = features.counts
@@ -204,6 +211,7 @@ def summarize(
     rows = len({record["row"] for record in read_jsonl(unreadable.listing)})
     summary = {
         "folder": str(features.cache.folder),
+        "clips": clips,
         "latents": {"found": found_latents, "made": made_latents},
         "texts": {"found": found_texts, "made": made_texts},
         "damaged": damaged,
