@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora.core import components
-from opensora.core.attention import attention, sdpa, use_kernel
+from opensora.core.attention import attention, current_kernel, sdpa, use_kernel
 
 GENERATOR = torch.Generator().manual_seed(0)
 QUERY, KEY, VALUE = (torch.randn(2, 3, length, 8, generator=GENERATOR) for length in (5, 7, 7))
@@ -48,6 +48,13 @@ def test_a_chosen_kernel_serves_inside_its_block_only() -> None:
             torch.testing.assert_close(attention(QUERY, KEY, VALUE), by_hand())
         assert not attention(QUERY, KEY, VALUE).any()
     torch.testing.assert_close(attention(QUERY, KEY, VALUE), by_hand())
+
+
+def test_a_kernel_may_stand_around_the_one_before() -> None:
+    with use_kernel(nothing):
+        inner = current_kernel()
+        with use_kernel(lambda query, key, value, mask=None: inner(query, key, value, mask) + 1):
+            assert (attention(QUERY, KEY, VALUE) == 1).all()
 
 
 def test_a_kernel_goes_when_its_block_fails() -> None:
