@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import socket
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from runs import Command, command_line, environment, losses, tiny_training
 from witness import install, samples_of_steps
 
+from opensora.core.accelerator import Single, SingleSpec
 from opensora.core.checkpoints import Checkpoint, find_checkpoint, read_checkpoint
 from opensora.core.config.write import write_config
 from opensora.core.run_folder import read_jsonl
 from opensora.core.video import read_video
 from opensora.core.weights import read_weights
+
+sys.path.insert(0, str(Path(__file__).parent / "workers"))
+from share_sequences import CASES, sample, train  # what sequence parallelism is tested on
 
 # Widths that neither 2 nor 4 divide evenly: parts differ in size, and of a table of 2 or 6 rows some processes have none.
 MODEL = {"type": "STDiT3", "hidden_size": 36, "depth": 2, "num_heads": 3, "patch_size": (2, 4, 4), "pred_sigma": False}
@@ -63,7 +70,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Start:
     return run
 
 
-def trained(start: Start, folder: Path, *arguments: Any, **changes: Any) -> Path:
+def run_to_end(start: Start, folder: Path, *arguments: Any, **changes: Any) -> Path:
     done = start(folder, *arguments, **changes)
     assert done.returncode == 0, done.stderr
     return folder
@@ -72,13 +79,13 @@ def trained(start: Start, folder: Path, *arguments: Any, **changes: Any) -> Path
 @pytest.fixture(scope="module")
 def whole(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process."""
-    return trained(start, tmp_path_factory.mktemp("whole") / "run", 1, "single", ckpt_every=10, keep_last=0)
+    return run_to_end(start, tmp_path_factory.mktemp("whole") / "run", 1, "single", ckpt_every=10, keep_last=0)
 
 
 @pytest.fixture(scope="module")
 def sharded(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes, each with a part of everything."""
-    return trained(start, tmp_path_factory.mktemp("sharded") / "run", 2, "fsdp", ckpt_every=10, keep_last=0)
+    return run_to_end(start, tmp_path_factory.mktemp("sharded") / "run", 2, "fsdp", ckpt_every=10, keep_last=0)
 
 
 def norms(run_folder: Path) -> list[float]:
@@ -152,7 +159,7 @@ def test_each_process_holds_its_part(sharded: Path) -> None:
 def test_trains_as_one_process(
     processes: int, options: dict[str, Any], changes: dict[str, Any], whole: Path, start: Start, tmp_path: Path
 ) -> None:
-    trained(start, tmp_path / "run", processes, {"type": "fsdp", **options}, **changes)
+    run_to_end(start, tmp_path / "run", processes, {"type": "fsdp", **options}, **changes)
     assert_same(whole, tmp_path / "run")
     if "replicas" not in options:
         assert_dealt_out(tmp_path / "run", processes)
@@ -169,6 +176,31 @@ def test_half_precision_stays_near(dtype: str, whole: Path, start: Start, tmp_pa
     assert all(tensor.dtype == torch.float32 for tensor in newest(tmp_path / "run").tensors["model"].values())
 
 
+@pytest.fixture(scope="module")
+def alone_in_its_group() -> Iterator[Any]:
+    """The accelerator in this process, by itself: parts are wholes, and all else is as with several."""
+    from opensora.core.components import build
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in place.items():
+            patch.setenv(name, value)
+        with build("accelerators", {"type": "fsdp", "timeout_s": 60}, device="cpu", dtype="fp32") as accelerator:
+            yield accelerator
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_denoiser_trains_and_samples_when_its_blocks_are_wrapped(name: str, alone_in_its_group: Any) -> None:
+    plain, case = Single(SingleSpec(), device="cpu", dtype="fp32"), attrs.evolve(CASES[name], steps=2)
+    expected, seen = train(case, case.build(), plain), train(case, case.build(), alone_in_its_group)
+    for what in ("losses", "norms", "output", "gradients"):
+        torch.testing.assert_close(seen[what], expected[what], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sample(case, alone_in_its_group), sample(case, plain), rtol=1e-5, atol=1e-5)
+
+
 # ---- going on
 
 
@@ -181,7 +213,7 @@ def half_way(run_folder: Path, to: Path) -> Path:
 
 def go_on(start: Start, source: Path, to: Path, processes: int, accelerator: str) -> Path:
     half_way(source, to)
-    return trained(start, to, processes, accelerator, "--load", to)
+    return run_to_end(start, to, processes, accelerator, "--load", to)
 
 
 def test_goes_on_bit_for_bit_in_as_many_processes(sharded: Path, start: Start, tmp_path: Path) -> None:
