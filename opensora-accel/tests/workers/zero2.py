@@ -1,4 +1,4 @@
-"""What two processes make of a few tasks under ZeRO-2, written to ``<folder>/<rank>.pt``."""
+"""What two processes hold while they make two steps under ZeRO-2, written to ``<folder>/<rank>.pt``."""
 
 from __future__ import annotations
 
@@ -6,32 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from problem import STEPS, Small, step_data, train
+from problem import Small, step_data
 
 from opensora.accel.colossalai import Zero2, Zero2Spec
 from opensora.core.errors import ConfigError
 
 FOLDER = Path(sys.argv[1])
-
-
-def make_step(accelerator: Zero2, denoiser: Small, factor: float) -> dict[str, object]:
-    """Sizes of what this process holds while a step is made, and the norm of its gradients."""
-    predict = accelerator.prepare(denoiser)
-    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(denoiser.parameters(), lr=0.01))
-    before = {name: each.clone() for name, each in denoiser.state_dict().items()}
-    latents, timestep, conditioning = step_data(0)
-    accelerator.backward(predict(latents, timestep, conditioning).mean() * factor)
-    left = [name for name, each in denoiser.named_parameters() if each.grad is not None]
-    gradients = {name: optimizer.zero.get_working_grad_by_param_id(id(p)) for name, p in denoiser.named_parameters()}
-    norm = accelerator.update(optimizer, list(denoiser.parameters()), grad_clip=0.0)
-    states = [optimizer.optim.state[each] for group in optimizer.param_groups for each in group["params"]]
-    return {
-        "norm": norm,
-        "whole gradients": left,
-        "gradients": {name: each.numel() for name, each in gradients.items()},
-        "states": [state["exp_avg"].numel() if state else 0 for state in states],
-        "changed": [name for name, each in denoiser.state_dict().items() if not torch.equal(each, before[name])],
-    }
 
 
 def second_network(accelerator: Zero2) -> str:
@@ -42,16 +22,34 @@ def second_network(accelerator: Zero2) -> str:
     return "no error"
 
 
-def accelerated() -> Zero2:
-    return Zero2(Zero2Spec(timeout_s=60, bucket_size=60), device="cpu")  # several exchanges a step
+with Zero2(Zero2Spec(timeout_s=60, bucket_size=60), device="cpu") as accelerator:  # several exchanges a step
+    torch.manual_seed(accelerator.rank)  # the main process's initial weights are to win
+    denoiser = Small()
+    predict = accelerator.prepare(denoiser)
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(denoiser.parameters(), lr=0.01))
 
+    def make_step(factor: float) -> dict[str, object]:
+        before = {name: each.clone() for name, each in denoiser.state_dict().items()}
+        accelerator.backward(predict(*step_data(accelerator.rank)).square().mean() * factor)
+        left = [name for name, each in denoiser.named_parameters() if each.grad is not None]
+        gradients = {
+            name: optimizer.zero.get_working_grad_by_param_id(id(p)) for name, p in denoiser.named_parameters()
+        }
+        sizes = {name: each.numel() for name, each in gradients.items()}
+        norm = accelerator.update(optimizer, list(denoiser.parameters()), grad_clip=0.0)
+        states = [optimizer.optim.state[each] for group in optimizer.param_groups for each in group["params"]]
+        return {
+            "norm": norm,
+            "whole gradients": left,
+            "gradients": sizes,
+            "states": [state["exp_avg"].numel() for state in states],
+            "changed": [name for name, each in denoiser.state_dict().items() if not torch.equal(each, before[name])],
+            "weights": {name: each.clone() for name, each in denoiser.state_dict().items()},
+        }
 
-with accelerated() as accelerator:
-    rank = accelerator.rank
-    halves = [slice(2 * rank, 2 * rank + 2), slice(2 * rank + 4, 2 * rank + 6)]
-    results = {"trained with accumulation": train(accelerator, micro_batches=[halves] * STEPS)}
-    results["second network"] = second_network(accelerator)
-for name, factor in (("step", 1.0), ("infinite in one process", float("inf") if rank else 1.0)):
-    with accelerated() as accelerator:
-        results[name] = make_step(accelerator, Small(), factor)
-torch.save(results, FOLDER / f"{rank}.pt")
+    results = {
+        "step": make_step(1.0),
+        "infinite in one process": make_step(float("inf") if accelerator.rank else 1.0),
+        "second network": second_network(accelerator),
+    }
+    torch.save(results, FOLDER / f"{accelerator.rank}.pt")
