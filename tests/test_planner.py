@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import environment, tiny_training
+from runs import environment, losses, tiny_training, weights
 
 from opensora.accel.planner import Planner, largest_batch, parse_bytes
 from opensora.accel.search_batch_size import search
@@ -50,7 +50,7 @@ CASES = [
     benchmark.Case("STDiT3", SMALL, (2, 16, 16), 1, {"grad_checkpoint": "selective"}),
     benchmark.Case("STDiT", SMALL, (2, 16, 16), 2, {"grad_checkpoint": True}),
     benchmark.Case("DiT", {**SMALL, "hidden_size": 384, "num_heads": 6}, (1, 16, 16), 2, {**benchmark.LABELS}),
-    benchmark.Case("PixArt", SMALL, (1, 16, 16), 2, {"dtype": "bf16"}),
+    pytest.param(benchmark.Case("PixArt", SMALL, (1, 16, 16), 2, {"dtype": "bf16"}), marks=pytest.mark.slow),
 ]
 
 
@@ -167,6 +167,32 @@ def test_grad_checkpoint_of_zero_blocks_is_refused():
         structure(TrainSpec, {**TINY, "grad_checkpoint": "selektive"})
     with pytest.raises(ConfigError, match="compile excludes"):
         structure(TrainSpec, {**TINY, "grad_checkpoint": "selective", "compile": True})
+
+
+def test_options_that_save_memory_leave_losses_and_names_as_they_are(clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    options = {"none": {}, "offload": {"offload": True}, "selective": {"grad_checkpoint": "selective", "offload": True}}
+    for name, changes in options.items():
+        values = tiny_training(clips, max_steps=2, run_folder=name, **changes)
+        write_config(tmp_path / f"{name}.py", values, "Tiny.")
+        assert opensora_run([str(tmp_path / f"{name}.py")]) == 0
+        found[name] = losses(tmp_path / name)
+    assert found["offload"] == found["none"]
+    assert found["selective"] == pytest.approx(found["none"], abs=1e-5)
+    assert {frozenset(weights(tmp_path / name)) for name in options} == {frozenset(weights(tmp_path / "none"))}
+
+
+def test_a_config_without_a_bucket_in_use_is_refused():
+    with pytest.raises(ConfigError, match="No bucket of bucket_config"):
+        Planner(structure(TrainSpec, {**TINY, "bucket_config": {"144p": {1: (0, None)}}}), (1, 1, 1))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_not_asked_to_keep_single_results():
+    planner = Planner(structure(TrainSpec, {**TINY, "compile": True}), (1, 1, 1))
+    assert planner.fit(2**40).grad_checkpoint is False
+    assert planner.fit(min(cost.peak for cost in planner.costs().values()) * 3 // 4).grad_checkpoint is True
 
 
 @pytest.mark.parametrize(

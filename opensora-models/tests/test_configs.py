@@ -23,7 +23,7 @@ each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: conf
 
 def test_every_file_is_found_by_its_name():
     assert {config.path for config in CONFIGS} == FILES
-    assert len(CONFIGS) == 55
+    assert len(CONFIGS) == 59
     assert all(resolve(config.name) == config.path for config in CONFIGS)
 
 

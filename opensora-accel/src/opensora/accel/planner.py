@@ -84,6 +84,9 @@ class Planner:
             key=lambda one: -math.prod(self._parts.vae.latent_size(one.size)) * one.batch_size,
         )
 
+        if not self.buckets:
+            raise ConfigError("No bucket of bucket_config has a batch size above 0 and a probability above 0.")
+
     def costs(self) -> dict[PlannedBucket, StepCost]:
         """Of each bucket, as configured."""
         with self._rehearsal(self.spec, self.world_size) as rehearsal:
@@ -114,7 +117,9 @@ class Planner:
         raise AssertionError("the last options always return or raise")
 
     def _saves_at_least(self, grad_checkpoint: Any, offload: bool) -> bool:
-        """What the config asks for already is not taken away."""
+        """What the config asks for already is not taken away, and what it excludes is not asked for."""
+        if self.spec.compile and grad_checkpoint == "selective":
+            return False
         order = {False: 0, "selective": 1, True: 2}
         asked = self.spec.grad_checkpoint
         return order[grad_checkpoint] >= order.get(asked, 1) and offload >= self.spec.offload

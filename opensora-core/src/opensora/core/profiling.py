@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-__all__ = ["is_traced", "marked", "tracing"]
+__all__ = ["marked", "tracing"]
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _tracers = 0
@@ -16,11 +16,6 @@ _tracers = 0
 def marked(name: str) -> AbstractContextManager[object]:
     """Surrounds a part of a step, which traces then show by this name."""
     return torch.profiler.record_function(name) if _tracers else _NOTHING
-
-
-def is_traced() -> bool:
-    """Whether names are noted at the moment."""
-    return _tracers > 0
 
 
 @contextmanager

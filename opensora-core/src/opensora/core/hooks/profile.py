@@ -116,7 +116,7 @@ class Profile:
         folder = make_folder(Path(run.folder) / "profile")
         suffix = f"-{run.accelerator.rank}" if run.accelerator.rank else ""
         profiler.export_chrome_trace(str(folder / f"trace{suffix}.json"))
-        sort = "self_cuda_time_total" if run.accelerator.device.type == "cuda" else "self_cpu_time_total"
+        sort = "self_device_time_total" if run.accelerator.device.type == "cuda" else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=sort, row_limit=ROWS)
         traced = self._done - self.spec.first_step + 1
         write_atomically(folder / f"table{suffix}.txt", f"{traced} steps from step {self.spec.first_step} on\n{table}")
