@@ -189,8 +189,8 @@ class TrainSpec(LoopSpec, CompositionSpec):
     bucket_config: dict[str, Any] | None = None
     """{resolution: {frames: (probability, batch size)}}, for datasets whose clips differ in size; goes before batch_size."""
     balance: Literal["tokens"] | None = None
-    """tokens: with buckets, the micro-batches of a step have nearly as many latent tokens on all processes; rows that can't be
-    matched wait for the next epoch. None: they differ, and processes wait for the slowest."""
+    """tokens: with buckets, the micro-batches of a step have nearly as many latent tokens on all processes; rows that can't
+    be matched wait for the next epoch. None: they differ, and processes wait for the slowest."""
     compile: bool = False
     """Compile each block by torch.compile: slower to start, by seconds to minutes for new sizes, and faster after."""
     offload: bool = False
