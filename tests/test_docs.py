@@ -35,7 +35,17 @@ RUN_PAGES = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("tutorial", "plugins", "configuration", "runs", "sampling", "prompts", "prompters", "schedulers")
+        for name in (
+            "tutorial",
+            "plugins",
+            "configuration",
+            "runs",
+            "training",
+            "sampling",
+            "prompts",
+            "prompters",
+            "schedulers",
+        )
     ),
     *(
         f"docs/{name}.md"

@@ -140,14 +140,23 @@ def test_adapters_are_sampled_and_written_into_the_weights(run, clips: Path, bas
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("accelerator", ["ddp", "fsdp"])
 def test_adapters_on_two_processes_learn_as_on_one(
-    command: Command, clips: Path, base: Path, write, tmp_path: Path
+    accelerator: str, run, command: Command, clips: Path, base: Path, tmp_path: Path
 ) -> None:
-    config = write(adapting(clips, base))
-    for folder, flags in (("one", ()), ("two", ("--nproc", 2, "--batch-size", 4))):
-        done = command("opensora-run", config, "--run-folder", folder, *flags)
-        assert done.returncode == 0, done.stderr
+    options = {"every": 3, "held_out": 0.25, "num_clips": 5, "num_timesteps": 2, "ema": True}
+    run(adapting(clips, base, validation=options), "--run-folder", "one")
+    flags = ("--nproc", 2, "--batch-size", 4, "--accelerator.type", accelerator)
+    done = command("opensora-run", "config.py", "--run-folder", "two", *flags)
+    assert done.returncode == 0, done.stderr
     torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5, atol=0)
+    for mine, other in zip(*(validations(tmp_path / name) for name in ("one", "two")), strict=True):
+        assert mine["by_timestep"] == pytest.approx(other["by_timestep"], rel=1e-5)
+    loaded = [model(clips), model(clips)]
+    for network, name in zip(loaded, ("one", "two"), strict=True):
+        load_weights(network, tmp_path / name)
+    for mine, other in zip(*(network.parameters() for network in loaded), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_base_is_needed_and_a_pattern_must_match(run, clips: Path, base: Path) -> None:
@@ -179,6 +188,19 @@ def test_only_the_named_parts_change(run, clips: Path, tmp_path: Path) -> None:
     changed = {name.split(".")[0] for name in start if not torch.allclose(start[name], part[name], atol=1e-9)}
     assert changed == {"temporal_blocks", "final_layer"}
     assert "Nearest: temporal_blocks" in run(tiny_training(clips, trainable=["temporal_block"]), code=2)
+
+
+def test_a_stage_begins_with_the_averages_of_the_one_before_and_nothing_else(run, clips: Path, tmp_path: Path) -> None:
+    run(tiny_training(clips, max_steps=3), "--run-folder", "stage1")
+    larger = {**tiny_training(clips)["dataset"], "image_size": (32, 32)}  # type: ignore[dict-item]  # a dict
+    stage2 = tiny_training(clips, max_steps=1, lr=1e-12, dataset=larger, seed=7)
+    said = run(stage2, "--ckpt-path", "stage1", "--run-folder", "stage2")
+    assert "Weights: stage1: 55 tensors loaded" in said
+    assert "Went on from" not in said
+    (before,) = (tmp_path / "stage1" / "checkpoints").iterdir()
+    after = weights(tmp_path / "stage2")
+    for name, average in load_file(before / "ema.safetensors").items():
+        torch.testing.assert_close(after[name], average, rtol=0, atol=1e-9)
 
 
 def test_another_optimizer_resumes_bit_for_bit(run, clips: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def read_batches(
     """
     loader = torch.utils.data.DataLoader(
         _Reading(dataset),
-        batch_sampler=batches,  # type: ignore[arg-type]  # a sampler is any iterable of lists of keys
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
