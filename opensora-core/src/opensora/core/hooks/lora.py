@@ -60,7 +60,7 @@ class LoRA:
         from opensora.core.adapters import Record, checksum, mark
 
         source = spec.model.options.get("from_pretrained")
-        if spec.pipeline != "train":
+        if spec.pipeline == "sample":
             raise ConfigError(
                 "The hook lora is for training. To sample, give its run folder to model.from_pretrained: adapters are found."
             )
