@@ -42,8 +42,13 @@ class Fit:
 
     def describe(self, world_size: int) -> list[str]:
         """Lines for people."""
+        encoding = [bucket.label for bucket, cost in self.costs.items() if cost.worst_phase == "video encoder"]
+        hint = (
+            f"             the VAE sets the limit of {', '.join(encoding)}: a smaller vae.micro_batch_size makes room"
+        )
         return [
             f"chosen       grad_checkpoint = {self.grad_checkpoint!r}, offload = {self.offload}, and the batch sizes below",
+            *([hint] if encoding else []),
             *describe_costs(self.costs, world_size),
         ]
 
