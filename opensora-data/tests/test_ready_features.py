@@ -99,7 +99,7 @@ def test_a_pickle_with_code_is_refused_with_the_way_to_convert_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save([{"x": Evil()}], tmp_path / "0.bin")
-    with pytest.raises(DataError, match="could run code.*convert it once"):
+    with pytest.raises(DataError, match=r"could run code.*convert it once"):
         dataset(tmp_path)
     assert capsys.readouterr().out == ""
 
@@ -130,7 +130,7 @@ def test_files_that_do_not_fit(make, message: str, tmp_path: Path) -> None:
 
 def test_embeddings_that_are_too_long(tmp_path: Path) -> None:
     save_file(tensors(1), tmp_path / "a.safetensors")
-    with pytest.raises(DataError, match="5 tokens, more than dataset.text_length = 4"):
+    with pytest.raises(DataError, match=r"5 tokens, more than dataset\.text_length = 4"):
         dataset(tmp_path, text_length=4)[SampleKey(0, 0)]
 
 
@@ -148,7 +148,7 @@ def test_no_path_yet() -> None:
 
 def test_a_run_with_ready_features_asks_for_nothing_else(tmp_path: Path) -> None:
     from opensora.core.config.structure import ComponentConfig
-    from opensora.core.features import ready_encoders
+    from opensora.core.ready_features import ready_encoders
     from opensora.core.pipelines.train_spec import FeaturesSpec, TrainSpec
 
     rows = FeatureDatasetSpec()

@@ -15,7 +15,6 @@ from opensora.core.composing import Parts, build_parts, is_installed, on_meta, s
 from opensora.core.conditioning import Conditioning
 from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import DataError
-from opensora.core.features import ready_encoders
 from opensora.core.mask_strategy import print_mask_strategy
 from opensora.core.orders import BatchOrder, Slicing
 from opensora.core.pipelines.plan import describe_costs, planned_buckets, shares_of
@@ -23,6 +22,7 @@ from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.pipelines.step_cost import StepRehearsal, build_on_meta
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Dataset, Size
+from opensora.core.ready_features import ready_encoders
 from opensora.core.reference_latents import Overlap
 from opensora.core.requests import EndlessRequests, Request
 

@@ -37,7 +37,7 @@ from opensora.core.composing import (
 from opensora.core.config.write import write_config
 from opensora.core.config_changes import find_changes, plain
 from opensora.core.errors import CheckpointError, ConfigError, DataError
-from opensora.core.features import open_features, ready_encoders
+from opensora.core.features import open_features
 from opensora.core.frame_masks import check_mask_ratios
 from opensora.core.hooking import build_hooks
 from opensora.core.loading import UnreadableFiles
@@ -48,6 +48,7 @@ from opensora.core.pipelines.train_loop import TrainRun
 from opensora.core.pipelines.train_spec import LoopSpec, TrainSpec
 from opensora.core.protocols import Clip, Dataset, Size, TextEncoder
 from opensora.core.randomness import SampleKey
+from opensora.core.ready_features import ready_encoders
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder
 from opensora.core.stopping import StopRequest, stopping_on_signals
 from opensora.core.text_cache import CachedTextEncoder

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from opensora.core.blocks import offloading
 from opensora.core.composing import Parts
 from opensora.core.conditioning import Conditioning
-from opensora.core.features import Features, draw_latents, ready_stand_in, stack
+from opensora.core.features import Features, draw_latents, stack
 from opensora.core.frame_masks import draw_frame_mask
 from opensora.core.loading import Batch, stand_in
 from opensora.core.pipelines.loop import Counters, LoopRun, Update, train
@@ -20,6 +20,7 @@ from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.profiling import marked
 from opensora.core.protocols import Denoiser, Size
 from opensora.core.randomness import Draws
+from opensora.core.ready_features import ready_stand_in
 
 __all__ = ["Counters", "TrainRun", "Update", "train"]
 
