@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
@@ -197,3 +199,11 @@ def test_what_has_no_rows_is_refused(folder, capsys):
     assert "is no training with a dataset" in capsys.readouterr().err
     plan("train.py", "--nproc", "0", code=2)
     assert "--nproc: must be a whole number from 1" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from opensora.core.commands.opensora import main\ntry: main(['data', 'plan', '--help'])\n"
+    code += "except SystemExit: pass\nprint(sorted({'torch', 'polars', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "--probe" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -27,7 +27,6 @@ from opensora.core.run_folder import append_jsonl, read_jsonl
 __all__ = [
     "BalancesBatches",
     "BatchOrder",
-    "LeavesOut",
     "Order",
     "OwnBatches",
     "Place",
@@ -175,17 +174,6 @@ class OwnBatches(Protocol):
         ...
 
 
-class LeavesOut(Protocol):
-    """Batches of which some rows wait for the next epoch."""
-
-    left_out: Sequence[int]
-    """Those rows, which have a bucket but are in no batch."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Sequence[SampleKey]: ...
-
-
 class BalancesBatches(OwnBatches, Protocol):
     """A dataset whose batches can be put in groups of nearly one cost."""
 
@@ -197,8 +185,10 @@ class BalancesBatches(OwnBatches, Protocol):
         num_processes: int,
         cost: Callable[[Size], float],
         begun: Sequence[tuple[int, int]] = (),
-    ) -> LeavesOut:
+    ) -> Sequence[Sequence[SampleKey]]:
         """The batches of an epoch, each ``num_processes`` in a row a group; a pure function of its arguments.
+
+        What is returned has ``left_out``, the rows that have a bucket but are in no batch.
 
         Args:
             seed: Of the run.
@@ -221,14 +211,14 @@ class BatchOrder:
     """Of one clip of that size: the batches of each micro-step are to cost the same. None: any batches."""
     left_out: Callable[[int, int, Sequence[int]], None] | None = None
     """Told, as an epoch begins: (epoch, processes, its rows that wait for the next one so that no process waits)."""
-    _made: dict[tuple[int, int, Begun], Sequence[Sequence[SampleKey]] | LeavesOut] = field(factory=dict)
+    _made: dict[tuple[int, int, Begun], Sequence[Sequence[SampleKey]]] = field(factory=dict)
 
     @property
     def num_samples(self) -> int:
         """Rows of the dataset, those included that are in no batch."""
         return len(self.dataset)
 
-    def of_epoch(self, epoch: int, processes: int = 1, begun: Begun = ()) -> Sequence[Sequence[SampleKey]] | LeavesOut:
+    def of_epoch(self, epoch: int, processes: int = 1, begun: Begun = ()) -> Sequence[Sequence[SampleKey]]:
         """The batches of one epoch, or what is left of it after parts that are over.
 
         Args:
