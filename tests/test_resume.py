@@ -22,14 +22,30 @@ def train(command: Command, config: Path, folder: Path, *flags: object) -> None:
 
 
 def kill_while_it_trains(
-    arguments: list[str], folder: Path, delay_s: float, cwd: Path, variables: dict[str, str] | None = None
+    arguments: list[str],
+    folder: Path,
+    delay_s: float,
+    cwd: Path,
+    *,
+    variables: dict[str, str] | None = None,
+    records: int | None = None,
 ) -> bool:
-    """Start a command and kill it, ``delay_s`` after it has logged a step. Returns whether the kill came before its end."""
-    metrics, begin = folder / "metrics.jsonl", time.time()
+    """Start a command and kill it, ``delay_s`` after it has logged a step. Returns whether the kill came before its end.
+
+    Args:
+        records: Of the witness, to wait for instead: one comes of each step and process.
+    """
+    metrics, begin, known = folder / "metrics.jsonl", time.time(), count_records(folder)
+
+    def has_come_far() -> bool:
+        if records is not None:
+            return count_records(folder) >= known + records
+        return metrics.exists() and metrics.stat().st_mtime > begin + 0.2
+
     process = subprocess.Popen(
         arguments, cwd=cwd, env=variables or environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime > begin + 0.2):
+    while process.poll() is None and not has_come_far():
         time.sleep(0.005)
     time.sleep(delay_s)
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
@@ -38,6 +54,11 @@ def kill_while_it_trains(
     _, survivors = psutil.wait_procs(children, timeout=20)
     assert not survivors, "processes of the killed run live on"
     return was_killed
+
+
+def count_records(folder: Path) -> int:
+    ids = folder / "ids.jsonl"
+    return ids.read_bytes().count(b"\n") if ids.exists() else 0
 
 
 def kill_and_resume(config: Path, folder: Path, kills: int, cwd: Path, *flags: object) -> int:
@@ -84,7 +105,7 @@ def test_run_killed_twenty_times_resumes_bit_for_bit(
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("kills", "rounds"), [(6, (2,)), (14, (2, 4, 1))], ids=["2 processes", "2, 4 and 1 processes, saved meanwhile"]
+    ("kills", "rounds"), [(6, (2,)), (9, (2, 4, 1))], ids=["2 processes", "2, 4 and 1 processes, saved meanwhile"]
 )
 def test_dealt_out_run_killed_at_random_goes_on(
     kills: int, rounds: tuple[int, ...], command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
@@ -104,7 +125,8 @@ def test_dealt_out_run_killed_at_random_goes_on(
         options = ["--run-folder", folder, "--resume", True, "--nproc", processes, "--batch-size", 8 // processes]
         resuming = command_line("opensora-run", config, *options)
         if turn < kills:
-            assert kill_while_it_trains(resuming, folder, chance.uniform(0.0, 0.4), tmp_path, variables)
+            delay_s, records = chance.uniform(0.0, 0.1), processes * chance.randint(2, 16)
+            assert kill_while_it_trains(resuming, folder, delay_s, tmp_path, variables=variables, records=records)
             in_saves += any((folder / "checkpoints").glob(".step-*"))
     done = subprocess.run(resuming, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -224,9 +246,8 @@ def test_optimizer_options_are_those_of_the_config_after_resuming(
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     (group,) = torch.load(newest / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"]
     assert group["weight_decay"] == 0.1
-    assert "(then -> now): weight_decay: 0.0 -> 0.1; max_steps: 2 -> 4" in done.stderr.replace(
-        "accelerator: None -> None; ", ""
-    )
+    assert "weight_decay: 0.0 -> 0.1" in done.stderr
+    assert "max_steps: 2 -> 4" in done.stderr
 
 
 def test_two_runs_do_not_share_a_folder(
