@@ -156,9 +156,8 @@ class FSDP(Processes):
             dtype: What to compute in; None: as it is.
         """
         fsdp = _fsdp()
-        policy: dict[str, Any] = {
-            "cast_forward_inputs": False
-        }  # a timestep would be rounded; autocast casts what it must
+        # Inputs are left to autocast, which casts what it must: a timestep would be rounded here.
+        policy: dict[str, Any] = {"cast_forward_inputs": False}
         if dtype is not None:
             policy |= {"param_dtype": dtype, "reduce_dtype": torch.float32}
         options: dict[str, Any] = {"mesh": self._mesh}
