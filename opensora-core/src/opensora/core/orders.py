@@ -363,5 +363,9 @@ class WaitingRows:
         append_jsonl(self.listing, record)
         log.info(
             "Epoch %d: %d of %d rows wait for the next one, so that %d processes have equal work; listed in %s",
-            *(epoch, len(rows), self.num_samples, num_processes, self.listing),
+            epoch,
+            len(rows),
+            self.num_samples,
+            num_processes,
+            self.listing,
         )

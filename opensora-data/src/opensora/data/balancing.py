@@ -93,14 +93,14 @@ def balanced_batches(
     """
     for part, (processes, batches) in enumerate(begun):
         over = (
-            BalancedBatches(*(assigned, buckets), seed=seed, epoch=epoch, num_processes=processes, cost=cost, part=part)
+            BalancedBatches(assigned, buckets, seed=seed, epoch=epoch, num_processes=processes, cost=cost, part=part)
             if processes
             else EpochBatches(assigned, buckets, seed=seed, epoch=epoch)
         )
         assigned = assigned.copy()
         assigned[over.rows_before(batches)] = NO_BUCKET
     return BalancedBatches(
-        *(assigned, buckets), seed=seed, epoch=epoch, num_processes=num_processes, cost=cost, part=len(begun)
+        assigned, buckets, seed=seed, epoch=epoch, num_processes=num_processes, cost=cost, part=len(begun)
     )
 
 
