@@ -77,7 +77,7 @@ class Validation:
         batches = self._batches or self._read(run, options)
         run.denoiser.eval()
         try:
-            with run.ema.applied(run.denoiser) if options.ema and run.ema else nullcontext():
+            with run.ema.applied(run.denoiser) if run.ema and options.ema is not False else nullcontext():
                 losses = measure(
                     run.parts.scheduler,
                     run.predict,

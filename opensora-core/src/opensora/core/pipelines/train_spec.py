@@ -168,8 +168,9 @@ class ValidationSpec:
     """Clips at most. Their latents stay in the CPU's memory."""
     num_timesteps: int = field(default=10, validator=gt(0))
     """Timesteps at which each clip is measured, evenly spread. Each costs a call of the denoiser."""
-    ema: bool = False
-    """Measure the averaged weights instead of the trained ones."""
+    ema: bool | None = None
+    """Measure the averaged weights, which change more steadily and are what is sampled, or (False) those that are trained.
+    None: the averaged ones, if the run keeps any."""
     seed: int = 0
     """Of the choice of clips, and of their noise."""
 
@@ -197,7 +198,7 @@ class TrainSpec(LoopSpec, CompositionSpec):
     """Keep activations in the CPU's memory between forward and backward: GPU memory for time on the bus."""
     trainable: list[str] | None = field(default=None, validator=optional(min_len(1)))
     """Train these parts alone: regular expressions, each of which must match the whole name of a parameter, or of a module
-    that it is in, such as temporal_blocks or .*attn.*. None: all that the model doesn't freeze. The hook lora adds its own."""
+    that it is in, such as temporal_blocks or .*attn.*. None: all that the model doesn't freeze. Hook lora adds its own."""
     mask_ratios: dict[str, float] | None = None
     """Share of samples by frame mask (see `opensora.core.frame_masks`): which frames are given instead of noised."""
     text_cache_gib: float = field(default=1.0, validator=ge(0))
