@@ -148,8 +148,8 @@ def test_no_path_yet() -> None:
 
 def test_a_run_with_ready_features_asks_for_nothing_else(tmp_path: Path) -> None:
     from opensora.core.config.structure import ComponentConfig
-    from opensora.core.ready_features import ready_encoders
     from opensora.core.pipelines.train_spec import FeaturesSpec, TrainSpec
+    from opensora.core.ready_features import ready_encoders
 
     rows = FeatureDatasetSpec()
     config = ComponentConfig(type="FeatureDataset", options={})
