@@ -98,7 +98,7 @@ class Accelerator:
         return cast_module(module, device or self.device, dtype or self.dtype)
 
     def spread(self, module: nn.Module, *, dtype: torch.dtype) -> None:
-        """`place` a network that isn't trained, with its weights spread over all processes: they must call it equally often."""
+        """`place` a network that isn't trained, with its weights spread over all processes: all call it equally often."""
         self.place(module, dtype=dtype)
 
     def predictor(self, network: Callable[..., Any]) -> Callable[..., Any]:

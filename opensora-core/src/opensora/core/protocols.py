@@ -77,8 +77,8 @@ class VideoAutoencoder(Protocol):
 
     Optional, for latents that are computed once and drawn anew at each showing: ``moments(video) -> dict[str, Tensor]``, what
     the encoder says of each video, each tensor [B, ...]; and ``latents_of(moments, draws) -> Tensor``, which draws latents
-    from that as ``encode`` does, without weights: it is called where the module was built on the meta device. Options that are
-    named in an attribute ``memory_options`` change latents by rounding alone: those that were kept serve with any of them.
+    from that as ``encode`` does, without weights: it is called where the module was built on the meta device. Options
+    that are named in an attribute ``memory_options`` change latents by rounding alone: kept ones serve with any of them.
     """
 
     latent_channels: int
@@ -240,8 +240,8 @@ class ClipFeatures:
     size: Size
     """(T, H, W) of the clip in pixels."""
     moments: Mapping[str, Tensor] | None = None
-    """Of its latents, as a `VideoAutoencoder`'s ``moments`` has them, without batch axis. ``latents`` [C, T', H', W'] alone are
-    the latents themselves. None: to be computed of the pixels."""
+    """Of its latents, as a `VideoAutoencoder`'s ``moments`` has them, without batch axis. ``latents`` [C, T', H', W'] alone
+    are the latents themselves. None: to be computed of the pixels."""
     latents_name: str = ""
     text: Conditioning | None = None
     """Of its caption, with a batch axis of 1. None: to be computed."""
@@ -279,9 +279,9 @@ class Dataset(Protocol):
     """Map-style dataset, built as ``Class(spec)``. Lives in loader workers, so it must pickle.
 
     Optional: ``size``, the (T, H, W) of every clip, known without reading one; ``order(seed, epoch)``, the indices of all
-    samples in the order in which an epoch shows them, where some orders are read faster than others; and ``recipe(key, look) -> ClipRecipe``, how
-    ``dataset[key]`` would be made, where ``look(path)`` gives the `SourceFacts` of a file: with it, files whose latents are
-    computed already aren't decoded.
+    samples in the order in which an epoch shows them, where some orders are read faster than others; and
+    ``recipe(key, look) -> ClipRecipe``, how ``dataset[key]`` would be made, where ``look(path)`` gives the `SourceFacts` of a
+    file: with it, files whose latents are computed already aren't decoded.
     """
 
     def __len__(self) -> int: ...

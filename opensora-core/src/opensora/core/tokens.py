@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 
-from opensora.core.components import build, load, structure_spec
+from opensora.core.components import build, structure_spec
 from opensora.core.composing import on_meta, split_model_options
 from opensora.core.pipelines.composition_spec import CompositionSpec
 from opensora.core.protocols import Size, VideoAutoencoder
@@ -18,7 +18,7 @@ def count_tokens(spec: CompositionSpec) -> Callable[[Size], int]:
     """What counts the latent tokens of a clip of (T, H, W) pixels.
 
     They are the latents of the configured autoencoder, in patches of the model's ``patch_size`` where its options have one
-    (a number for all axes, or one for each of T, H, W), rounded up. A size that the autoencoder can't do raises its ShapeError.
+    (a number for all axes, or one for each of T, H, W), rounded up. Sizes that the autoencoder can't do raise its ShapeError.
     """
     with on_meta(True):
         vae: VideoAutoencoder = build("vaes", spec.vae, meta=True)

@@ -250,7 +250,7 @@ def measure(
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a `Losses.record` by one name each, for TensorBoard and the like; without those by both at once."""
+    """The numbers of a `Losses.record` by one name each, as TensorBoard takes them; without those by both at once."""
     flat = {f"validation/{name}": record[name] for name in ("loss", "training_loss") if name in record}
     flat |= {f"validation/timestep {float(key):05.1f}": value for key, value in record["by_timestep"].items()}
     flat |= {f"validation/bucket {key}": value for key, value in record["by_bucket"].items()}

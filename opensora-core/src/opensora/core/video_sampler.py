@@ -29,8 +29,8 @@ from opensora.core.errors import ConfigError
 from opensora.core.given_frames import apply_edits
 from opensora.core.hooking import Hooks
 from opensora.core.mask_strategy import carry_over, edits_of_round
-from opensora.core.prompt_syntax import parse_rounds
 from opensora.core.profiling import marked
+from opensora.core.prompt_syntax import parse_rounds
 from opensora.core.protocols import IMAGE_FPS, Denoiser, SampleState, Scheduler
 from opensora.core.randomness import SampleDraws, SampleKey
 from opensora.core.reference_latents import Overlap, ReferenceLatents

@@ -57,8 +57,8 @@ RESULT_EXTENSIONS: Mapping[ResultFormat, str] = {"mp4": ".mp4", "gif": ".gif", "
 _SMALL = 128
 """Pixels: of pictures with a shorter side each frame is encoded by itself."""
 _ALONE = {"g": "1", "bf": "0", "x264-params": "rc-lookahead=0:mbtree=0:scenecut=0"}
-"""For x264: no frame is predicted from others. Its look ahead and its search for motion read memory beyond small pictures that
-they have not written, so that the same frames give other bytes now and then."""
+"""For x264: no frame is predicted from others. Its look ahead and its search for motion read memory beyond small pictures
+that they have not written, so that the same frames give other bytes now and then."""
 _NOT_WRITTEN = re.compile(r"\.(3gp|apng|avi|avif|bmp|flv|jpe?g|json|m4v|mkv|mov|mpe?g|tiff?|webm|webp|wmv)")
 _FOLDER_FILES = re.compile(r"\d{4,}\.png|frames\.json|recipe\.json")
 

@@ -135,7 +135,7 @@ def _spot(path: KeyPath, override: Override) -> str:
 
 
 def flag_groups(pipeline: str) -> frozenset[Group]:
-    """Which flags a pipeline takes: all that train share theirs, as does ``replay``; ``stages`` takes any, others sampling's."""
+    """Which flags a pipeline takes: all that train share theirs, and ``replay``; ``stages`` takes any, others sampling's."""
     if pipeline == "stages":
         return frozenset(("all", "training", "sampling"))
     return frozenset(("all", "training" if pipeline.startswith(("train", "replay")) else "sampling"))
@@ -179,7 +179,9 @@ def add_flags(parser: argparse.ArgumentParser, defaults: Mapping[str, str]) -> N
         for flag in (flag for flag in FLAGS if flag.group == group):
             default = defaults.get(flag.paths[0])
             text = f"{flag.help} [{default}]" if default is not None else flag.help
-            section.add_argument(flag.name, help=text.replace("%", "%%"), default=argparse.SUPPRESS, **_PARSING[flag.kind])
+            section.add_argument(
+                flag.name, help=text.replace("%", "%%"), default=argparse.SUPPRESS, **_PARSING[flag.kind]
+            )
 
 
 def given_flags(arguments: argparse.Namespace) -> dict[str, Any]:

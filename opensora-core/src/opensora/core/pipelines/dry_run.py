@@ -72,7 +72,9 @@ def describe_training(spec: TrainSpec, world_size: int = 1) -> str:
         lines.append("compile      not counted: compiled blocks save somewhat less, for as many operations")
     buckets = planned_buckets(spec, parts, size)
     if dataset is None and len(buckets) > 1:  # which of them will have clips is not known yet
-        lines.append(f"buckets      the largest is rehearsed until the data can be read; all {len(buckets)}: opensora plan")
+        lines.append(
+            f"buckets      the largest is rehearsed until the data can be read; all {len(buckets)}: opensora plan"
+        )
         buckets = [max(buckets, key=lambda one: math.prod(parts.vae.latent_size(one.size)) * one.batch_size)]
     with StepRehearsal(spec, parts, shares_of(spec, world_size)) as rehearsal:
         costs = {bucket: rehearsal.step(bucket.size, bucket.batch_size) for bucket in buckets}
@@ -92,7 +94,9 @@ def describe_extraction(spec: ExtractSpec) -> str:
         vae = build("vaes", spec.vae, meta=True)
         text_encoder = build("text_encoders", split_options("text_encoders", spec.text_encoder)[0], meta=True)
     assert spec.features is not None  # checked by the pipeline
-    text = f"{text_encoder.max_length} tokens of {text_encoder.width}" if text_encoder.width else "class labels, not kept"
+    text = (
+        f"{text_encoder.max_length} tokens of {text_encoder.width}" if text_encoder.width else "class labels, not kept"
+    )
     lines = [
         f"data         {spec.dataset.type}: {data_line}",
         f"vae          {spec.vae.type}: {_count(vae)} parameters",
@@ -179,7 +183,9 @@ def _describe_steps(spec: TrainSpec, dataset: Dataset, world_size: int) -> str:
     from opensora.core.pipelines.train import count_steps, order_of
 
     order = order_of(spec, dataset)
-    shares = max(1, round(world_size * shares_of(spec, world_size).activations))  # processes may work on the same samples
+    shares = max(
+        1, round(world_size * shares_of(spec, world_size).activations)
+    )  # processes may work on the same samples
     slicing = Slicing(batch_size=spec.batch_size, accumulation=spec.accumulation_steps, world_size=shares)
     steps = count_steps(spec, order, slicing)
     if isinstance(order, BatchOrder):

@@ -186,7 +186,9 @@ def check_changes(spec: LoopSpec, path: Path) -> None:
         )
     changes = find_changes(state["config"], plain(resolved_values(spec))) if state.get("config") else []
     grave = [each for each in changes if each.is_of(spec.fixed_keys) and not each.is_of(spec.free_keys)]
-    grave = [each for each in grave if not (each.is_missing and each.is_within(spec.kinds))]  # new versions bring options
+    grave = [
+        each for each in grave if not (each.is_missing and each.is_within(spec.kinds))
+    ]  # new versions bring options
     if grave and not (spec.allow_changes or spec.start_from_scratch):
         raise CheckpointError(
             f"{path} does not fit this config, which has otherwise (then -> now): {'; '.join(map(str, grave))}. Set these as "

@@ -55,7 +55,6 @@ class TrainRun(LoopRun):
         self.sample_losses.append(losses.detach())
         return losses.sum() * (weight / batch.nominal_size)
 
-
     def stand_in(self, size: Size) -> Batch:
         """A batch for a process that has nothing to read. It must not need encoders that the others don't."""
         if isinstance(self.parts.vae, nn.Module):
