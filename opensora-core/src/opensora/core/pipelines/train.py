@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import torch
+from attrs import frozen
 
 from opensora.core.accelerator import Accelerator
 from opensora.core.adapters import find_record
@@ -26,6 +27,7 @@ from opensora.core.checkpoints import (
 )
 from opensora.core.components import build, load, structure_spec
 from opensora.core.composing import (
+    Parts,
     build_accelerator,
     build_parts,
     check_components,
@@ -37,16 +39,16 @@ from opensora.core.composing import (
 from opensora.core.config.write import write_config
 from opensora.core.config_changes import find_changes, plain
 from opensora.core.errors import CheckpointError, ConfigError, DataError
-from opensora.core.features import open_features
+from opensora.core.features import Features, open_features
 from opensora.core.frame_masks import check_mask_ratios
-from opensora.core.hooking import build_hooks
+from opensora.core.hooking import Hooks, build_hooks
 from opensora.core.loading import UnreadableFiles
 from opensora.core.optimization import build_optimizer, load_optimizer
 from opensora.core.orders import BatchOrder, Order, SampleOrder, Slicing, WaitingRows
 from opensora.core.pipelines.loop import Counters, LoopRun, train
 from opensora.core.pipelines.train_loop import TrainRun
 from opensora.core.pipelines.train_spec import LoopSpec, TrainSpec
-from opensora.core.protocols import Clip, Dataset, Size, TextEncoder
+from opensora.core.protocols import Clip, Dataset, Denoiser, Size, TextEncoder
 from opensora.core.randomness import SampleKey
 from opensora.core.ready_features import ready_encoders
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder
@@ -236,46 +238,16 @@ def build_run(
     order = order_of(spec, dataset, waiting)
     max_steps = count_steps(spec, order, slicing)
     size = clip_size(dataset, spec.seed)
-    text_device, text_dtype = choose_text_placement(spec.text_encoder, accelerator)
-    torch.manual_seed(spec.seed)  # initial weights
-    only_size = None if makes_batches(dataset) else size
-    ready = ready_encoders(spec, dataset)
-    features = open_features(spec, accelerator) if spec.features and not ready else None
-    if features:
-        ready = {"vae": features.vae, "text_encoder": features.text_encoder}
-    parts = build_parts(spec, size_of=lambda: only_size, load_pretrained=load_pretrained, **ready)
-    change_blocks(parts.denoiser, spec)
-    adapt(parts.denoiser, hooks, spec)
-    predict = wrap(accelerator.prepare(parts.denoiser.train()), hooks, spec)
-    place(parts.vae, accelerator)
-    texts = remembering(parts.text_encoder, len(dataset), spec.text_cache_gib)
-    if spec.text_encoder.options.get("shard"):
-        share_weights(parts.text_encoder, accelerator, text_dtype)
-        texts = SharedTextEncoder(texts, sharded=parts.text_encoder, accelerator=accelerator)
-    else:
-        place(parts.text_encoder, accelerator, text_device, text_dtype)
-    parts = attrs.evolve(parts, text_encoder=texts)
-    parameters = [parameter for parameter in parts.denoiser.parameters() if parameter.requires_grad]
-    log.info(
-        "%s: %s parameters to train of %s; %s samples, %s a step, %d steps; %s on %d x %s, seed %d",
-        spec.model.type,
-        f"{sum(parameter.numel() for parameter in parameters):,}",
-        f"{sum(parameter.numel() for parameter in parts.denoiser.parameters()):,}",
-        f"{len(dataset):,}",
-        "various" if makes_batches(dataset) else slicing.samples_per_step,
-        max_steps,
-        str(accelerator.dtype).removeprefix("torch."),
-        accelerator.world_size,
-        accelerator.device.type,
-        spec.seed,
-    )
-    return TrainRun(
+    networks = build_networks(spec, dataset, hooks, accelerator, size=size, load_pretrained=load_pretrained)
+    denoiser, features = networks.parts.denoiser, networks.features
+    parameters = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    run = TrainRun(
         spec=spec,
         folder=folder,
         accelerator=accelerator,
-        parts=parts,
-        module=parts.denoiser,
-        predict=predict,
+        parts=networks.parts,
+        module=denoiser,
+        predict=networks.predict,
         parameters=parameters,
         optimizer=accelerator.prepare_optimizer(build_optimizer(parameters, spec)),
         dataset=features.dataset(dataset, hint=extract_hint(folder)) if features else dataset,
@@ -290,6 +262,56 @@ def build_run(
         max_steps=max_steps,
         hooks=hooks,
         stop=stop,
+    )
+    log.info("%s", describe(run))
+    return run
+
+
+@frozen(kw_only=True)
+class Networks:
+    """The networks of a run, in their places."""
+
+    parts: Parts
+    predict: Denoiser
+    """See `TrainRun.predict`."""
+    features: Features | None
+
+
+def build_networks(
+    spec: TrainSpec, dataset: Any, hooks: Hooks, accelerator: Accelerator, *, size: Size, load_pretrained: bool
+) -> Networks:
+    """Build the networks, let the denoiser be changed as configured, and place all on the device."""
+    text_device, text_dtype = choose_text_placement(spec.text_encoder, accelerator)
+    torch.manual_seed(spec.seed)  # initial weights
+    ready = ready_encoders(spec, dataset)
+    features = open_features(spec, accelerator) if spec.features and not ready else None
+    if features:
+        ready = {"vae": features.vae, "text_encoder": features.text_encoder}
+    only_size = None if makes_batches(dataset) else size
+    parts = build_parts(spec, size_of=lambda: only_size, load_pretrained=load_pretrained, **ready)
+    change_blocks(parts.denoiser, spec)
+    adapt(parts.denoiser, hooks, spec)
+    predict = wrap(accelerator.prepare(parts.denoiser.train()), hooks, spec)
+    place(parts.vae, accelerator)
+    texts = remembering(parts.text_encoder, len(dataset), spec.text_cache_gib)
+    if spec.text_encoder.options.get("shard"):
+        share_weights(parts.text_encoder, accelerator, text_dtype)
+        texts = SharedTextEncoder(texts, sharded=parts.text_encoder, accelerator=accelerator)
+    else:
+        place(parts.text_encoder, accelerator, text_device, text_dtype)
+    return Networks(parts=attrs.evolve(parts, text_encoder=texts), predict=predict, features=features)
+
+
+def describe(run: TrainRun) -> str:
+    """What is trained, on how much, and where: a line for the lab book."""
+    trained = sum(parameter.numel() for parameter in run.parameters)
+    parameters = sum(parameter.numel() for parameter in run.denoiser.parameters())
+    at_once = "various" if isinstance(run.order, BatchOrder) else run.slicing.samples_per_step
+    accelerator, dtype = run.accelerator, str(run.accelerator.dtype).removeprefix("torch.")
+    return (
+        f"{run.spec.model.type}: {trained:,} parameters to train of {parameters:,}; {len(run.dataset):,} samples, "
+        f"{at_once} a step, {run.max_steps} steps; {dtype} on {accelerator.world_size} x {accelerator.device.type}, "
+        f"seed {run.spec.seed}"
     )
 
 
