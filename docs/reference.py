@@ -163,11 +163,12 @@ def commands() -> Page:
 
 
 def iter_commands() -> Iterator[list[str]]:
-    """Each command and subcommand."""
-    yield ["opensora-run"]
-    yield ["opensora"]
-    for name in re.findall(r"^    ([a-z]+)  ", help_of(["opensora"]), re.MULTILINE):
-        yield ["opensora", name]
+    """Each command, and the subcommands of each."""
+    waiting = [["opensora-run"], ["opensora"]]
+    while waiting:
+        command = waiting.pop(0)
+        yield command
+        waiting += [[*command, name] for name in re.findall(r"^    ([a-z]+)  ", help_of(command), re.MULTILINE)]
 
 
 def help_of(command: list[str]) -> str:

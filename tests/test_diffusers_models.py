@@ -109,7 +109,7 @@ def test_trained_resumed_and_sampled(
 ) -> None:
     config = write(training)
     dry = command("opensora-run", config, "--dry-run")
-    assert "TFLOP a micro-batch of 4" in dry.stdout, dry.stderr
+    assert "TFLOP a micro-batch at most" in dry.stdout, dry.stderr
     trained = command("opensora-run", config, "--run-folder", "run")
     assert trained.returncode == 0, trained.stderr
     unbroken = losses(tmp_path / "run")

@@ -255,7 +255,8 @@ def test_reference_has_every_component_and_hook(reference: Path) -> None:
             for name in entries:
                 assert f"| `{name}` |" in index
                 if page.exists() and page.stem != "configs":
-                    assert f"## `{name}`" in page.read_text(encoding="utf-8")
+                    title = f"opensora {name}" if page.stem == "commands" else name
+                    assert f"## `{title}`" in page.read_text(encoding="utf-8")
     assert "--dry-run" in (reference / "commands.md").read_text(encoding="utf-8")
     assert "`max_unreadable`" in (reference / "pipelines.md").read_text(encoding="utf-8")
     assert "### `denoiser_wrapper`" in (reference / "hooks.md").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ def test_the_time_left_is_told_by_what_was_made_and_not_by_what_was_there(
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     requests: Any = [SimpleNamespace(path=Path(f"{index}.mp4"), loop=1) for index in range(110)]
     there = {request.path for request in requests[:90]}
-    accelerator = SimpleNamespace(is_main=True, data_world_size=2)
+    accelerator = SimpleNamespace(is_main=True, sampling_world_size=2)
     run: Any = SimpleNamespace(accelerator=accelerator, requests=requests, there=there, num_saved=0)
     progress = Progress(ProgressSpec())
     progress.sample_start(run)
@@ -45,7 +45,7 @@ def test_a_single_long_sample_tells_its_time_left_by_its_steps(
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     requests: Any = [SimpleNamespace(path=Path("0.mp4"), loop=1)]
-    accelerator = SimpleNamespace(is_main=True, data_world_size=1)
+    accelerator = SimpleNamespace(is_main=True, sampling_world_size=1)
     run: Any = SimpleNamespace(accelerator=accelerator, requests=requests, num_saved=0)
     progress = Progress(ProgressSpec())
     progress.sample_start(run)
@@ -61,7 +61,7 @@ def test_a_single_long_sample_tells_its_time_left_by_its_steps(
 @pytest.mark.parametrize("width", [70, 80, 120])
 def test_times_stay_whole_in_a_narrow_terminal(width: int) -> None:
     requests: Any = [SimpleNamespace(path=Path("a-long-name-after-its-prompt.mp4"), loop=1)]
-    accelerator = SimpleNamespace(is_main=True, data_world_size=1)
+    accelerator = SimpleNamespace(is_main=True, sampling_world_size=1)
     run: Any = SimpleNamespace(accelerator=accelerator, requests=requests, num_saved=0)
     progress = Progress(ProgressSpec(steps=True))
     progress.sample_start(run)

@@ -118,9 +118,8 @@ class Progress:
             self._bar.start()
             there = getattr(run, "there", ())
             wanted = len(run.requests) - (sum(each.path in there for each in run.requests) if there else 0)
-            self._total = -(
-                -wanted // run.accelerator.sampling_world_size
-            )  # the main process has the first, so the most
+            shares = run.accelerator.sampling_world_size
+            self._total = -(-wanted // shares)  # the main process has the first, so the most
             self._main = self._bar.add_task("sample", total=self._total, note="")
             self._begin = self._told = time.monotonic()
             if self.spec.steps:
