@@ -45,7 +45,10 @@ def tests(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """Tests that take longer: many kills and resumes, whole runs."""
     install_all(session, *TESTING)
-    session.run("pytest", "-m", "slow and not gpu and not colossalai", "tests", *session.posargs, env=ONE_THREAD)
+    side_by_side = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    session.run(
+        "pytest", *side_by_side, "-m", "slow and not gpu and not colossalai", "tests", *session.posargs, env=ONE_THREAD
+    )
 
 
 @nox.session

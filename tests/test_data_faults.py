@@ -106,6 +106,7 @@ without_hooks = ["tensorboard", "loss-plot"]
 """
 
 
+@pytest.mark.slow
 def test_balanced_batches_are_trained_on_by_two_processes_and_gone_on_with_by_one(
     command: Command, tmp_path: Path
 ) -> None:

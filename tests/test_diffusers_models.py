@@ -76,7 +76,13 @@ def long_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "clips.csv"
 
 
-@pytest.fixture(params=PAIRS, ids=lambda name: name.removesuffix("Model"))
+ONE, *OTHERS = PAIRS
+
+
+@pytest.fixture(
+    params=[ONE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
+    ids=[name.removesuffix("Model") for name in PAIRS],
+)
 def training(request: pytest.FixtureRequest, long_clips: Path, tmp_path: Path) -> dict[str, Any]:
     """A config that trains a tiny model of a class, with its own autoencoder."""
     config, vae_name, vae_config = PAIRS[request.param]

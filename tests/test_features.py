@@ -335,6 +335,7 @@ def start_extraction(here: Path, name: str, started: list[subprocess.Popen[str]]
     return process
 
 
+@pytest.mark.slow
 def test_two_extractions_at_once_after_one_that_was_killed(
     run: Run, here: Path, started: list[subprocess.Popen[str]]
 ) -> None:
