@@ -36,23 +36,15 @@ RUN_PAGES = [
     *(
         f"docs/{name}.md"
         for name in (
-            "tutorial",
-            "plugins",
-            "configuration",
-            "runs",
-            "training",
-            "sampling",
-            "prompts",
-            "prompters",
-            "schedulers",
+            *("tutorial", "configuration", "training", "sampling", "schedulers", "text-encoders", "data", "features"),
+            "planning",
         )
     ),
     *(
-        f"docs/{name}.md"
+        pytest.param(f"docs/{name}.md", marks=pytest.mark.slow)
         for name in (
-            *("step-caches", "models", "weights", "autoencoders", "text-encoders", "data", "features"),
+            *("plugins", "runs", "prompts", "prompters", "step-caches", "models", "weights", "autoencoders"),
             "open-sora-configs",
-            "planning",
         )
     ),
 ]

@@ -358,6 +358,7 @@ def test_two_extractions_at_once_after_one_that_was_killed(
     assert summary["entries"] == {"latents": ROWS, "texts": 60}
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_one_folder(run: Run, here: Path, command: Command) -> None:
     options = {"adam_eps": 1e-6, "mask_ratios": {"image_head": 0.5}}
     plain = run("plain", features=None, batch_size=4, **options)

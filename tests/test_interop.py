@@ -146,7 +146,10 @@ FOLDERS: dict[str, tuple[Any, dict[str, object], dict[str, object], int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+ONE, *OTHERS = FOLDERS
+
+
+@pytest.mark.parametrize("name", [ONE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_their_folder_in_this_pipeline(
     name: str, command: Command, write: Callable[..., Path], tmp_path: Path, vae: Path, t5: Path
 ) -> None:

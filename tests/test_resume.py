@@ -141,7 +141,7 @@ def test_dealt_out_run_killed_at_random_goes_on(
     assert sorted(shown) == [(epoch, row) for epoch in range(steps * 8 // 24) for row in range(24)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_saves_and_ends(
     number: int, command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:

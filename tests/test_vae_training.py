@@ -95,7 +95,12 @@ def test_a_resumed_run_is_the_unbroken_one(
 
 
 @pytest.mark.parametrize(
-    "split", [{"batch_size": 2, "accumulation_steps": 2}, {"batch_size": 2, "--nproc": 2}], ids=str
+    "split",
+    [
+        {"batch_size": 2, "accumulation_steps": 2},
+        pytest.param({"batch_size": 2, "--nproc": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_training_is_the_same_however_it_is_split(
     split: dict[str, int],
