@@ -45,6 +45,11 @@ def tests(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """Tests that take longer: many kills and resumes, whole runs."""
     install_all(session, *TESTING)
+    run_slow_tests(session)
+
+
+def run_slow_tests(session: nox.Session) -> None:
+    """What `slow` does, once all is installed; also below."""
     side_by_side = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     session.run(
         "pytest", *side_by_side, "-m", "slow and not gpu and not colossalai", "tests", *session.posargs, env=ONE_THREAD
@@ -79,6 +84,11 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Types, strictly in all packages."""
     install_all(session, "mypy")
+    check_types(session)
+
+
+def check_types(session: nox.Session) -> None:
+    """What `types` does, once all is installed; also below."""
     for name in PACKAGES:
         session.run("mypy", f"{name}/src")
 
@@ -95,8 +105,23 @@ def imports(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The documentation, with warnings as errors; the reference is made from the code."""
     install_all(session, "mkdocs-material")
+    build_docs(session)
+
+
+def build_docs(session: nox.Session) -> None:
+    """What `docs` does, once all is installed; also below."""
     session.run("python", "docs/reference.py")
     session.run("mkdocs", "build", "--strict", "--site-dir", "site")
+
+
+@nox.session
+def together(session: nox.Session) -> None:
+    """The quickstart in short, types, docs and slow tests in one environment, which takes a minute to install: for CI."""
+    install_all(session, *TESTING, "mypy", "mkdocs-material")
+    session.run("opensora-run", "quickstart", "--stages.train.max_steps", "120", "--stages.sample.num_sample", "1")
+    check_types(session)
+    build_docs(session)
+    run_slow_tests(session)
 
 
 @nox.session(reuse_venv=False)
