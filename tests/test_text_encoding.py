@@ -214,7 +214,6 @@ def test_training_is_the_same_with_and_without_a_memory(
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
-@pytest.mark.slow
 def test_a_run_with_a_real_text_encoder_resumes_bit_for_bit(
     command: Command, clips: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
