@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +23,7 @@ NAMES = {
 
 
 def test_all_lists_what_is_there():
-    assert opensora.accel.__all__ == [name for names in NAMES.values() for name in names]
+    assert opensora.accel.__all__ == sorted(name for names in NAMES.values() for name in names)
     assert all(hasattr(opensora.accel, name) for name in opensora.accel.__all__)
     for module, names in NAMES.items():
         assert import_module(f"opensora.accel.{module}").__all__ == names
@@ -35,3 +37,13 @@ def test_entry_points_lead_to_classes_with_options(group):
         component = getattr(import_module(module), name)
         assert component.Spec.__name__ == f"{name}Spec"
         assert issubclass(component, Accelerator) == (group == "accelerators")
+
+
+def test_help_of_the_command_needs_no_torch():
+    code = (
+        "import contextlib, sys\nfrom opensora.core.commands.opensora import main\n"
+        "with contextlib.suppress(SystemExit):\n    main(['plan', '--help'])\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--fit" in done.stdout

@@ -77,7 +77,7 @@ class Zero2(Processes):
         """See `Processes.__enter__`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of packages that would make other parts of it faster
-            import colossalai.booster.plugin  # noqa: F401
+            import colossalai.booster.plugin  # noqa: F401  # here, where its warnings are kept quiet
         if self.device.type == "cpu":
             from opensora.accel.colossalai_cpu import use_cpu
 
@@ -184,7 +184,7 @@ class ZeroOptimizer:
     @property
     def optim(self) -> torch.optim.Optimizer:
         """Torch's, over slices."""
-        return self.zero.optim  # type: ignore[no-any-return]
+        return self.zero.optim  # type: ignore[no-any-return]  # ColossalAI has no types
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -215,7 +215,7 @@ class ZeroOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state in the main process, on the CPU; all must ask for it together."""
-        return self.zero.state_dict(only_on_master=True)  # type: ignore[no-any-return]
+        return self.zero.state_dict(only_on_master=True)  # type: ignore[no-any-return]  # ColossalAI has no types
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take one's slices of a whole state, and of the module's weights."""

@@ -111,7 +111,7 @@ class Processes(Accelerator):
             self._patient = dist.new_group(backend="gloo", timeout=VERY_LONG)
             if self.spec.sp_size > 1:
                 limit = timedelta(seconds=self.spec.timeout_s)
-                self._row, _ = dist.new_subgroups(self.spec.sp_size, timeout=limit)  # type: ignore[no-untyped-call]
+                self._row, _ = dist.new_subgroups(self.spec.sp_size, timeout=limit)  # type: ignore[no-untyped-call]  # of torch
         except dist.DistError as error:
             raise MachineError(_joining_failed(str(error), os.environ)) from error
         return self

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from opensora.core.checkpoints import find_checkpoint
 from opensora.core.errors import CheckpointError, WeightsError
+from opensora.core.feature_cache import hash_tensor
 from opensora.core.weight_files import read_weights
 
 __all__ = [
@@ -151,8 +152,7 @@ def checksum(module: nn.Module) -> str:
     """Of a network's parameters as float32: the same on any device and, of the same values, in any precision."""
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in sorted(module.named_parameters()):
-        words = parameter.detach().float().contiguous().view(torch.int32)
-        digest.update(f"{name} {list(parameter.shape)} {int(words.sum(dtype=torch.int64))}\n".encode())
+        digest.update(name.encode() + hash_tensor(parameter.float()))
     return digest.hexdigest()
 
 

@@ -7,7 +7,9 @@ _HOMES = {
     "ready_features": ("FeatureDataset", "FeatureDatasetSpec"),
     "tables": ("read_table",),
     "temporal": ("sample_frames",),
+    "variable_video_text": ("VariableVideoTextDataset", "VariableVideoTextSpec"),
     "video_text": ("VideoTextDataset", "VideoTextSpec"),
+    "web_dataset": ("WebDataset", "WebDatasetSpec"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

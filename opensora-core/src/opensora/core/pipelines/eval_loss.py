@@ -35,9 +35,10 @@ from opensora.core.composing import (
 from opensora.core.conditioning import Conditioning
 from opensora.core.config.write import write_config
 from opensora.core.errors import ConfigError, DataError
-from opensora.core.frame_masks import check_mask_ratios, draw_frame_mask
+from opensora.core.frame_masks import check_mask_ratios
 from opensora.core.loading import Batch
 from opensora.core.pipelines.train import build_dataset, clip_size, makes_batches
+from opensora.core.pipelines.train_loop import describe_clips
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Size
 from opensora.core.run_folder import held, logging_to, make_folder, new_run_folder, write_atomically
@@ -170,20 +171,9 @@ def encoder(
     ratios = check_mask_ratios(spec.mask_ratios) if spec.mask_ratios else None
 
     def encode(batch: Batch) -> tuple[Tensor, Conditioning]:
-        device, sizes = accelerator.device, batch.conditioning
+        device = accelerator.device
         latents = parts.vae.encode(batch.video.to(device), draws=batch.draws(device)).float()
-        conditioning = texts.encode(batch.texts).replace(
-            fps=sizes.fps,
-            height=sizes.height,
-            width=sizes.width,
-            num_frames=sizes.num_frames,
-            latent_frames=torch.full((len(latents),), float(latents.shape[2])),
-            aspect_ratio=sizes.aspect_ratio,
-        )
-        if ratios:
-            masks = [draw_frame_mask(ratios, latents.shape[2], key) for key in batch.keys]
-            conditioning = conditioning.replace(frame_mask=torch.stack(masks))
-        return latents, conditioning.to(device)
+        return latents, describe_clips(batch, latents, texts.encode(batch.texts), ratios).to(device)
 
     return encode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,9 +63,7 @@ class LoneStep:
         run: Any = self  # which has what `encode` asks of a run
         latents, conditioning = encode(run, batch)
         draws = batch.draws(self.accelerator.device)
-        if not self.spec.offload:
-            return self.parts.scheduler.loss(self.predict, latents, conditioning, draws=draws).mean()
-        with offloading(self.accelerator.device):
+        with offloading(self.accelerator.device) if self.spec.offload else nullcontext():
             return self.parts.scheduler.loss(self.predict, latents, conditioning, draws=draws).mean()
 
     def backward(self, loss: Tensor) -> None:

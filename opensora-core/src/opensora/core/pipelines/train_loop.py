@@ -22,7 +22,7 @@ from opensora.core.protocols import Denoiser, Size
 from opensora.core.randomness import Draws
 from opensora.core.ready_features import ready_stand_in
 
-__all__ = ["Counters", "TrainRun", "Update", "train"]
+__all__ = ["Counters", "TrainRun", "Update", "describe_clips", "encode", "train"]
 
 
 @define(kw_only=True, eq=False)
@@ -70,21 +70,36 @@ def encode(run: TrainRun, batch: Batch) -> tuple[Tensor, Conditioning]:
         latents = encode_video(run, batch, draws)
     with marked("text"):
         text = batch.text if batch.text is not None else run.parts.text_encoder.encode(batch.texts)
-    sizes = batch.conditioning
+    conditioning = describe_clips(batch, latents, text, run.mask_ratios).to(device)
+    if dropout := getattr(run.denoiser, "condition_dropout", 0.0):
+        conditioning = conditioning.replace(dropped=draws.uniform("condition dropout") < dropout)
+    return latents, conditioning
+
+
+def describe_clips(
+    batch: Batch, latents: Tensor, text: Conditioning, mask_ratios: Mapping[str, float] | None
+) -> Conditioning:
+    """What a denoiser is told of a batch: its texts, sizes and rates and, with ``mask_ratios``, which frames are given.
+
+    Args:
+        batch: Of B clips.
+        latents: Its latents, [B, C, T, H, W].
+        text: Of its captions.
+        mask_ratios: Share of samples by frame mask; None: no frame is given.
+    """
+    sizes, num_frames = batch.conditioning, latents.shape[2]
     conditioning = text.replace(
         fps=sizes.fps,
         height=sizes.height,
         width=sizes.width,
         num_frames=sizes.num_frames,
-        latent_frames=torch.full((len(latents),), float(latents.shape[2])),
+        latent_frames=torch.full((len(latents),), float(num_frames)),
         aspect_ratio=sizes.aspect_ratio,
-    ).to(device)
-    if dropout := getattr(run.denoiser, "condition_dropout", 0.0):
-        conditioning = conditioning.replace(dropped=draws.uniform("condition dropout") < dropout)
-    if run.mask_ratios:
-        masks = [draw_frame_mask(run.mask_ratios, latents.shape[2], key) for key in batch.keys]
-        conditioning = conditioning.replace(frame_mask=torch.stack(masks).to(device))
-    return latents, conditioning
+    )
+    if not mask_ratios:
+        return conditioning
+    masks = [draw_frame_mask(mask_ratios, num_frames, key) for key in batch.keys]
+    return conditioning.replace(frame_mask=torch.stack(masks))
 
 
 def encode_video(run: TrainRun, batch: Batch, draws: Draws) -> Tensor:
