@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,23 @@ class Recording(Single):
         return module
 
 
+def text_encoders() -> list[HashedWords]:
+    return [each for each in gc.get_objects() if type(each) is HashedWords]
+
+
 def has_text_encoder() -> bool:
-    return any(type(each) is HashedWords for each in gc.get_objects())
+    return any(all(each is not other for other in FROM_ELSEWHERE) for each in text_encoders())
+
+
+FROM_ELSEWHERE: list[HashedWords] = []
+"""What tests of other files left in this process."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def from_elsewhere() -> Iterator[None]:
+    FROM_ELSEWHERE.extend(text_encoders())
+    yield
+    FROM_ELSEWHERE.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,10 @@ def test_reconstruction_loss_is_the_reference_one(case, vectors, procedural_lpip
     if gradients := vectors.grads(case):
         terms.weighted_nll.mean().backward()
         gradient = gradients["input.recon"]
-        assert (inputs["recon"].grad - gradient).abs().max() <= 1e-4 * gradient.abs().max()
+        difference = inputs["recon"].grad - gradient
+        assert difference.norm() <= 1e-4 * gradient.norm()
+        # Where VGG's ReLUs and poolings decide between nearly equal numbers, kernels without AVX-512 decide otherwise.
+        assert difference.abs().max() <= (1e-3 if case == "vaeloss_perc" else 1e-4) * gradient.abs().max()
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -56,6 +56,8 @@ def options(tmp_path_factory):
 def test_tiles_change_nothing_but_rounding(options, kind, size, tile):
     if tile == 1:
         size = (min(size[0], 2), 8, 12)  # a tile for each entry takes its time
+    if kind == "temporal":
+        size = (size[0], size[1] // 2, size[2] // 2)  # its latents are as large as its frames
     whole = components.build("vaes", options[kind])
     tiled = components.build("vaes", {**options[kind], "tile_size": tile})
     video = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
