@@ -94,6 +94,16 @@ def test_each_bucket_in_use_has_a_row(planner):
     assert lines.startswith("memory ")
 
 
+def test_what_takes_long_says_how_far_it_is(planner, caplog, monkeypatch):
+    with caplog.at_level("INFO"):
+        planner.costs()
+    assert "rehearsed" not in caplog.text
+    monkeypatch.setattr("opensora.core.pipelines.plan._SECONDS_OF_SILENCE", 0.0)
+    with caplog.at_level("INFO"):
+        planner.costs()
+    assert "1 of 2 buckets are rehearsed" in caplog.text
+
+
 def test_processes_that_share_weights_need_less():
     spec = structure(TrainSpec, {**TINY, "accelerator": {"type": "fsdp"}})
     alone, shared = (Planner(spec, (1, 1, 1), world_size=count).costs() for count in (1, 4))

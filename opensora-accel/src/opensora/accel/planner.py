@@ -15,7 +15,7 @@ import attrs
 from attrs import frozen
 
 from opensora.core.errors import ConfigError, MachineError
-from opensora.core.pipelines.plan import PlannedBucket, describe_costs, planned_buckets, shares_of
+from opensora.core.pipelines.plan import PlannedBucket, describe_costs, planned_buckets, rehearse, shares_of
 from opensora.core.pipelines.step_cost import StepCost, StepRehearsal, build_on_meta, encoder_costs
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Size
@@ -95,7 +95,7 @@ class Planner:
     def costs(self) -> dict[PlannedBucket, StepCost]:
         """Of each bucket, as configured."""
         with self._rehearsal(self.spec, self.world_size) as rehearsal:
-            return {bucket: rehearsal.step(bucket.size, bucket.batch_size) for bucket in self.buckets}
+            return rehearse(rehearsal, self.buckets)
 
     def fit(self, limit: int) -> Fit:
         """The options that take least time under which every bucket fits at its configured batch size, and then the largest

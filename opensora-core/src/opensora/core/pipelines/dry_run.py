@@ -17,7 +17,7 @@ from opensora.core.config.structure import ComponentConfig
 from opensora.core.errors import DataError
 from opensora.core.mask_strategy import print_mask_strategy
 from opensora.core.orders import BatchOrder, Slicing
-from opensora.core.pipelines.plan import describe_costs, planned_buckets, shares_of
+from opensora.core.pipelines.plan import describe_costs, planned_buckets, rehearse, shares_of
 from opensora.core.pipelines.sample_spec import SampleSpec
 from opensora.core.pipelines.step_cost import StepRehearsal, build_on_meta
 from opensora.core.pipelines.train_spec import TrainSpec
@@ -77,7 +77,7 @@ def describe_training(spec: TrainSpec, world_size: int = 1) -> str:
         )
         buckets = [max(buckets, key=lambda one: math.prod(parts.vae.latent_size(one.size)) * one.batch_size)]
     with StepRehearsal(spec, parts, shares_of(spec, world_size)) as rehearsal:
-        costs = {bucket: rehearsal.step(bucket.size, bucket.batch_size) for bucket in buckets}
+        costs = rehearse(rehearsal, buckets)
     return "\n".join([*lines, *describe_costs(costs, world_size)])
 
 

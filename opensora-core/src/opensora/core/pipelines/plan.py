@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 
 from attrs import frozen
@@ -10,14 +12,16 @@ from attrs import frozen
 from opensora.core.accelerator import Accelerator
 from opensora.core.components import load, structure_spec
 from opensora.core.composing import Parts, is_installed
-from opensora.core.pipelines.step_cost import StepCost
+from opensora.core.pipelines.step_cost import StepCost, StepRehearsal
 from opensora.core.pipelines.train_spec import TrainSpec
 from opensora.core.protocols import Size
 from opensora.core.shares import Shares
 from opensora.core.sizes import RESOLUTIONS
 
-__all__ = ["PlannedBucket", "describe_costs", "planned_buckets", "shares_of"]
+__all__ = ["PlannedBucket", "describe_costs", "planned_buckets", "rehearse", "shares_of"]
 
+log = logging.getLogger(__name__)
+_SECONDS_OF_SILENCE = 10.0
 _GIB = 2**30
 _PHASES = {
     "VAE": ("video encoder",),
@@ -72,6 +76,18 @@ def shares_of(spec: TrainSpec, world_size: int) -> Shares:
         return Shares()
     accelerator: type[Accelerator] = load("accelerators", spec.accelerator.type)
     return accelerator.shares(structure_spec("accelerators", spec.accelerator), world_size)
+
+
+def rehearse(rehearsal: StepRehearsal, buckets: Sequence[PlannedBucket]) -> dict[PlannedBucket, StepCost]:
+    """A step of each bucket. If that takes long, it says every ten seconds how far it is."""
+    costs: dict[PlannedBucket, StepCost] = {}
+    told = time.monotonic()
+    for bucket in buckets:
+        if time.monotonic() - told > _SECONDS_OF_SILENCE:
+            log.info("%d of %d buckets are rehearsed", len(costs), len(buckets))
+            told = time.monotonic()
+        costs[bucket] = rehearsal.step(bucket.size, bucket.batch_size)
+    return costs
 
 
 def describe_costs(costs: Mapping[PlannedBucket, StepCost], world_size: int = 1) -> list[str]:
