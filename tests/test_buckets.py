@@ -47,49 +47,49 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: Command, folder: Path, *arguments: object, code: int = 0):
-    done = command("opensora-run", *arguments, cwd=folder)
+def run(run_in: Command, folder: Path, *arguments: object, code: int = 0):
+    done = run_in(folder, "opensora-run", *arguments)
     assert done.returncode == code, done.stderr
     return done
 
 
-def test_each_fitting_clip_is_seen_and_a_resumed_run_goes_on_bit_for_bit(folder: Path, command: Command) -> None:
-    run(command, folder, "config.py", "--run-folder", "whole")
+def test_each_fitting_clip_is_seen_and_a_resumed_run_goes_on_bit_for_bit(folder: Path, run_in: Command) -> None:
+    run(run_in, folder, "config.py", "--run-folder", "whole")
     whole = losses(folder / "whole")
     last = json.loads((folder / "whole/metrics.jsonl").read_text().splitlines()[-1])
     assert last["epoch"] > 3
     assert last["samples"] >= 3 * 6  # all but the short clip and the tiny image
-    run(command, folder, "config.py", "--run-folder", "half", "--max-steps", "5")
-    run(command, folder, "config.py", "--load", "half", "--run-folder", "half", "--resume", "True")
+    run(run_in, folder, "config.py", "--run-folder", "half", "--max-steps", "5")
+    run(run_in, folder, "config.py", "--load", "half", "--run-folder", "half", "--resume", "True")
     assert losses(folder / "half") == whole
 
 
-def test_previews_have_the_first_batchs_size(folder: Path, command: Command) -> None:
-    run(command, folder, "config.py", "--run-folder", "previews", "--max-steps", "2", "--preview_every", "2")
+def test_previews_have_the_first_batchs_size(folder: Path, run_in: Command) -> None:
+    run(run_in, folder, "config.py", "--run-folder", "previews", "--max-steps", "2", "--preview_every", "2")
     assert (folder / "previews/previews/step-000002.png").is_file()
 
 
-def test_a_dry_run_tells_of_the_buckets_and_the_rows_used(folder: Path, command: Command) -> None:
-    printed = run(command, folder, "config.py", "--dry-run").stdout
+def test_a_dry_run_tells_of_the_buckets_and_the_rows_used(folder: Path, run_in: Command) -> None:
+    printed = run(run_in, folder, "config.py", "--dry-run").stdout
     assert "buckets      91: from" in printed
     assert "of the 8 samples" in printed
 
 
-def test_data_that_fit_no_bucket_are_an_error(folder: Path, command: Command) -> None:
+def test_data_that_fit_no_bucket_are_an_error(folder: Path, run_in: Command) -> None:
     (folder / "large.py").write_text(CONFIG.replace('"144p"', '"1080p"').replace('"256"', '"720p"'))
-    failed = run(command, folder, "large.py", code=2)
+    failed = run(run_in, folder, "large.py", code=2)
     assert "None of the 8 rows falls into a bucket in epoch 0" in failed.stderr
 
 
-def test_a_model_of_one_size_is_refused(folder: Path, command: Command) -> None:
+def test_a_model_of_one_size_is_refused(folder: Path, run_in: Command) -> None:
     (folder / "fixed.py").write_text(CONFIG.replace('"STDiT3"', '"PixArt"'))
-    failed = run(command, folder, "fixed.py", code=2)
+    failed = run(run_in, folder, "fixed.py", code=2)
     assert "PixArt" in failed.stderr
 
 
-def test_buckets_without_use_are_said(folder: Path, command: Command) -> None:
+def test_buckets_without_use_are_said(folder: Path, run_in: Command) -> None:
     options = 'data_path="clips.csv", num_frames=4, image_size=(32, 32)'
     text = CONFIG.replace("VariableVideoTextDataset", "VideoTextDataset").replace('data_path="clips.csv"', options)
     (folder / "one-size.py").write_text(text)
-    printed = run(command, folder, "one-size.py", "--dry-run")
+    printed = run(run_in, folder, "one-size.py", "--dry-run")
     assert "bucket_config is without effect" in printed.stderr

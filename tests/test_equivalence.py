@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import Command, losses, tiny_training, weights
 
+from opensora.core.config.write import write_config
 from opensora.core.video import read_video
 
 SPLITS = {
@@ -24,20 +25,11 @@ OPTIONS = {"mask_ratios": MASKS, "adam_eps": 1e-6}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, clips: Path, run_in: Command) -> Path:
     """One process with batch 8."""
-    import subprocess
-
-    from runs import command_line, environment
-
-    from opensora.core.config.write import write_config
-
     folder = tmp_path_factory.mktemp("whole")
     write_config(folder / "config.py", tiny_training(clips, **OPTIONS), "A test's config.")
-    done = subprocess.run(
-        command_line("opensora-run", folder / "config.py", "--run-folder", folder / "run"),
-        cwd=folder, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_in(folder, "opensora-run", folder / "config.py", "--run-folder", folder / "run")
     assert done.returncode == 0, done.stderr
     return folder / "run"
 

@@ -20,22 +20,11 @@ SHORT = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, run_in: Command) -> Path:
     """The run folder of a shortened quickstart."""
-    import subprocess
-
-    from runs import command_line, environment
-
     home = tmp_path_factory.mktemp("quickstart")
     flags = [part for key, value in SHORT.items() for part in (f"--{key}", value)]
-    done = subprocess.run(
-        command_line("opensora-run", "quickstart", *flags),
-        cwd=home,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_in(home, "opensora-run", "quickstart", *flags)
     assert done.returncode == 0, done.stderr
     assert "Stage 4 of 4: grade" in done.stderr
     return home / "outputs" / "000-quickstart"
