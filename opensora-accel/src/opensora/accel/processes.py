@@ -112,7 +112,7 @@ class Processes(Accelerator):
             if self.spec.sp_size > 1:
                 limit = timedelta(seconds=self.spec.timeout_s)
                 self._row, _ = dist.new_subgroups(self.spec.sp_size, timeout=limit)  # type: ignore[no-untyped-call]  # of torch
-        except dist.DistError as error:
+        except RuntimeError as error:  # torch 2.5 has no class of its own for a port in use
             raise MachineError(_joining_failed(str(error), os.environ)) from error
         return self
 

@@ -205,9 +205,8 @@ class VideoAutoencoderKL(nn.Module):
         folder = Path(self.spec.from_pretrained)
         is_here = folder.is_dir()
         config = self.network.load_config(folder, subfolder=self.spec.subfolder) if is_here else self.published
-        return self.network.from_config(config).to(
-            torch.get_default_device()
-        )  # some of its tensors are always on the CPU
+        where = torch.empty(()).device  # torch.get_default_device() of 2.5 doesn't know `with torch.device("meta")`
+        return self.network.from_config(config).to(where)  # some of its tensors are always on the CPU
 
 
 def _noise(draws: Draws, like: Tensor, start: int) -> Tensor:
