@@ -37,7 +37,7 @@ class ForkedCommands:
     """Runs commands in forks of one process."""
 
     def __init__(self) -> None:
-        self._environment = _told(environment())
+        self._environment = _comparable(environment())
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         with patch.dict(os.environ, environment()):
@@ -45,7 +45,7 @@ class ForkedCommands:
 
     def suits(self, variables: Mapping[str, str]) -> bool:
         """Whether a command needs no other environment than the one in which modules were imported."""
-        return _told(variables) == self._environment
+        return _comparable(variables) == self._environment
 
     def run(self, command_line: list[str], folder: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Run a command of opensora in a folder, as `subprocess.run` does.
@@ -65,7 +65,7 @@ class ForkedCommands:
             return subprocess.CompletedProcess(command_line, process.exitcode, out.read_text(), err.read_text())
 
 
-def _told(variables: Mapping[str, str]) -> dict[str, str]:
+def _comparable(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name != "PYTEST_CURRENT_TEST"}
 
 

@@ -95,6 +95,7 @@ def test_each_bucket_in_use_has_a_row(planner):
 
 
 def test_what_takes_long_says_how_far_it_is(planner, caplog, monkeypatch):
+    monkeypatch.setattr("opensora.core.pipelines.plan._SECONDS_OF_SILENCE", 1000.0)
     with caplog.at_level("INFO"):
         planner.costs()
     assert "rehearsed" not in caplog.text

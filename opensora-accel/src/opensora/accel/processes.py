@@ -112,7 +112,9 @@ class Processes(Accelerator):
             if self.spec.sp_size > 1:
                 limit = timedelta(seconds=self.spec.timeout_s)
                 self._row, _ = dist.new_subgroups(self.spec.sp_size, timeout=limit)  # type: ignore[no-untyped-call]  # of torch
-        except RuntimeError as error:  # torch 2.5 has no class of its own for a port in use
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not _port_is_in_use(str(error)):  # the latter in torch 2.5
+                raise
             raise MachineError(_joining_failed(str(error), os.environ)) from error
         return self
 
@@ -239,8 +241,12 @@ def own_device(name: str | None, local_rank: int) -> str:
     return f"cuda:{local_rank}"
 
 
+def _port_is_in_use(reason: str) -> bool:
+    return "EADDRINUSE" in reason or "address already in use" in reason.lower()
+
+
 def _joining_failed(reason: str, environment: Mapping[str, str]) -> str:
     address, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
-    if "EADDRINUSE" in reason or "address already in use" in reason.lower():
+    if _port_is_in_use(reason):
         return f"Port {port} on {address} is in use by another program. Choose another: --port, or MASTER_PORT."
     return f"Can't join the other processes at {address}:{port}: {reason.strip().partition(chr(10))[0]}"
